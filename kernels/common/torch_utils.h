@@ -1,0 +1,88 @@
+// What the torch-facing `.cpp` of an op family needs: torch's stable ABI, and checks on tensors.
+//
+// Only torch/csrc/stable and torch/headeronly may be included, so that one library serves every
+// Python and every torch from 2.10 on. In that ABI an op's scalar parameters must be `double`,
+// `int64_t` or `bool`: `float` and `int32_t` compile, and arrive as garbage.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "common/cuda_utils.h"
+
+namespace torchtune_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Makes the tensor's device current, for the lifetime of this object, and names the stream that
+// torch queues its work on there.
+class LaunchContext {
+ public:
+  explicit LaunchContext(const Tensor& on)
+      : device_index_(on.get_device_index()), guard_(device_index_) {
+    void* stream = nullptr;
+    TTF_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream) == TORCH_SUCCESS,
+              "torch has no current stream on device ", device_index_);
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int32_t device_index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline std::string shape_string(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+// The tensor lives on the same CUDA device as `reference`.
+inline void check_device(const Tensor& t, const char* name, const Tensor& reference) {
+  TTF_CHECK(t.is_cuda() && t.get_device_index() == reference.get_device_index(), name,
+            " must be on cuda:", reference.get_device_index(), ", got ",
+            t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device type");
+}
+
+inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
+  TTF_CHECK(t.scalar_type() == expected, name, " must be ", torch::headeronly::toString(expected),
+            ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// The shape, where -1 stands for any size.
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  std::ostringstream text;
+  text << "[";
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    same = same && (size == -1 || t.size(i) == size);
+    text << (i++ ? ", " : "") << (size == -1 ? "*" : std::to_string(size));
+  }
+  text << "]";
+  TTF_CHECK(same, name, " must have shape ", text.str(), ", got ", shape_string(t));
+}
+
+inline void check_contiguous(const Tensor& t, const char* name) {
+  TTF_CHECK(t.is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
+}
+
+// The element type that kernels are instantiated for, or an error that names the tensor.
+inline DType half_dtype(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  TTF_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name,
+            " must be float16 or bfloat16, got ", torch::headeronly::toString(dtype));
+  return dtype == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
+}  // namespace torchtune_fused
