@@ -1,0 +1,22 @@
+"""Fused operators: functional, registered with ``torch.library``, usable in any PyTorch program.
+
+Each has a reference in plain PyTorch, a fake for tracing and, where it makes sense, a gradient.
+"""
+
+from torchtune_fused.ops.attention import attention, fused_attention
+from torchtune_fused.ops.attention_decode import attention_decode
+from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
+from torchtune_fused.ops.kv_cache_update import kv_cache_update
+from torchtune_fused.ops.rms_norm import rms_norm
+from torchtune_fused.ops.rope import rope
+
+__all__ = [
+    "attention",
+    "attention_decode",
+    "fused_attention",
+    "fused_mlp",
+    "gated_mlp",
+    "kv_cache_update",
+    "rms_norm",
+    "rope",
+]

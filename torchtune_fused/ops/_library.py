@@ -1,0 +1,65 @@
+"""What every op of the package shares: the library it is registered in and its argument checks.
+
+An op has a schema and a reference in plain PyTorch, which serves every device until a kernel is
+registered for one (``CPU`` here where ATen has a better one, ``CUDA`` by the compiled library).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("torchtune_fused", "DEF")
+
+
+def define_op(schema: str) -> Callable[[Callable], Callable]:
+    """Declares an op by its schema, with the decorated function as its reference.
+
+    Args:
+        schema (str): the schema without the namespace, e.g. ``"relu(Tensor x) -> Tensor"``.
+
+    Returns:
+        Callable[[Callable], Callable]: decorator which gives the function back unchanged.
+    """
+
+    def register(reference: Callable) -> Callable:
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(schema.partition("(")[0], reference, "CompositeExplicitAutograd")
+        return reference
+
+    return register
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in the precision references compute in: fp32, or fp64 for an fp64 tensor."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with its last dimension dense, as the attention kernels read rows; rarely a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int]) -> None:
+    """Raises a ValueError unless ``x`` has the expected shape."""
+    if x.shape != tuple(expected):
+        raise ValueError(f"{op}: {name} must have shape {list(expected)}, got {list(x.shape)}")
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raises unless ``x`` has the dtype (TypeError) and device (ValueError) of ``like``."""
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} as {like_name} is, got {x.dtype}")
+    check_device(op, name, x, like_name, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raises a ValueError unless ``x`` is on the device of ``like``."""
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as {like_name} is, got {x.device}")
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """Raises a TypeError unless ``x`` is of a floating-point dtype."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {x.dtype}")

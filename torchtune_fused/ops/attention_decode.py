@@ -1,0 +1,149 @@
+"""Attention of the newest tokens over a KV cache whose fill is known on the device only.
+
+Splitting the keys of one query among workers: Dao et al., Flash-Decoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html. The length never leaves the device, so that
+a step can be captured in a CUDA graph.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    check_device,
+    check_floating,
+    check_like,
+    check_shape,
+    define_op,
+    unit_stride,
+)
+from torchtune_fused.ops.attention import (
+    _flash,
+    additive,
+    check_mask,
+    check_window,
+    closed_form,
+    cpu_flash,
+)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    length: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of the last ``s`` tokens of a KV cache over what the cache holds.
+
+    The first ``length`` slots are filled, and query i belongs to slot ``length - s + i``. It sees
+    the filled slots that ``mask`` allows or, without a mask, those up to its own; with ``window``
+    only the last so many up to its own. Slots from ``length`` on have no influence, whatever they
+    hold. A query that sees no slot gets zeros. There is no gradient.
+
+    Args:
+        q (Tensor): queries of shape ``[b, h, s, d]``, any strides.
+        k_cache (Tensor): keys of shape ``[b', h_kv, max_len, d]``, ``b' >= b``: the first b rows
+            are read. ``h_kv`` divides ``h``.
+        v_cache (Tensor): values, as ``k_cache``.
+        length (Tensor): int64 with one element on the device of ``q``, at least ``s``: slots
+            filled, those of the queries included.
+        mask (Tensor | None): bool of shape ``[b or 1, s, max_len]``; True lets a query attend to a
+            slot.
+        scale (float | None): factor of the scores. Default: ``d ** -0.5``.
+        window (int | None): how many slots a query sees at most, counting back from its own.
+
+    Returns:
+        Tensor: shape ``[b, h, s, d]``, in memory ``[b, s, h, d]``, dtype of ``q``.
+
+    Raises:
+        RuntimeError: if a gradient would be needed.
+        TypeError: if dtypes differ, ``mask`` is not bool or ``length`` not int64.
+        ValueError: if shapes or devices don't fit, ``window < 1`` or, on the CPU, ``length`` is
+            less than ``s`` or more than ``max_len``.
+    """
+    op = "attention_decode"
+    if q.ndim != 4 or k_cache.ndim != 4:
+        raise ValueError(
+            f"{op}: q must have shape [b, h, s, d] and k_cache [b', h_kv, max_len, d], got "
+            f"{list(q.shape)} and {list(k_cache.shape)}"
+        )
+    if q.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad()")
+    check_floating(op, "q", q)
+    check_like(op, "k_cache", k_cache, "q", q)
+    check_like(op, "v_cache", v_cache, "q", q)
+    b, h, s, d = q.shape
+    capacity, h_kv, max_len, _ = k_cache.shape
+    if capacity < b:
+        raise ValueError(f"{op}: k_cache has {capacity} rows, too few for a batch of {b}")
+    check_shape(op, "k_cache", k_cache, (capacity, h_kv, max_len, d))
+    check_shape(op, "v_cache", v_cache, k_cache.shape)
+    if h % h_kv != 0:
+        raise ValueError(
+            f"{op}: the heads of q must be a multiple of those of k_cache, got {h} and {h_kv}"
+        )
+    if not 1 <= s <= max_len:
+        raise ValueError(f"{op}: q must have 1 to {max_len} tokens, as k_cache has slots, got {s}")
+    if length.dtype != torch.int64 or length.numel() != 1:
+        raise TypeError(
+            f"{op}: length must be int64 with one element, got {length.dtype} of shape "
+            f"{list(length.shape)}"
+        )
+    check_device(op, "length", length, "q", q)
+    mask = check_mask(op, mask, q, max_len)
+    window = check_window(op, window, max_len)
+    scale = d**-0.5 if scale is None else scale
+    q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    return torch.ops.torchtune_fused.attention_decode(
+        q, k_cache, v_cache, length, mask, scale, window
+    )
+
+
+@define_op(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor? mask, "
+    "float scale, int? window) -> Tensor"
+)
+def _reference(q, k_cache, v_cache, length, mask, scale, window):
+    # Without reading the length on the host: every slot takes part, the hidden ones masked, and
+    # the unfilled ones zeroed, as zero times NaN would still be NaN.
+    (b, _, s, _), max_len = q.shape, k_cache.shape[2]
+    slots = torch.arange(max_len, device=q.device)
+    filled = slots < length
+    own = length - s + torch.arange(s, device=q.device).unsqueeze(1)
+    seen = (slots <= own)[None, None] if mask is None else mask & filled
+    if window is not None:
+        seen = seen & (own - slots < window)
+    empty = ~filled.unsqueeze(1)
+    k, v = k_cache[:b].masked_fill(empty, 0), v_cache[:b].masked_fill(empty, 0)
+    return closed_form(q, k, v, seen, False, scale, None)[0]
+
+
+@torch.library.impl(LIBRARY, "attention_decode", "CPU")
+def _cpu(q, k_cache, v_cache, length, mask, scale, window):
+    (b, h, s, d), h_kv, length = q.shape, k_cache.shape[1], int(length)
+    if not s <= length <= k_cache.shape[2]:
+        raise ValueError(
+            f"attention_decode: length must be at least {s}, the tokens of q, and at most "
+            f"{k_cache.shape[2]}, the slots of k_cache, got {length}"
+        )
+    # Only the slots that some query may see take part.
+    start = 0 if window is None else max(0, length - s + 1 - window)
+    k, v = k_cache[:b, :, start:length], v_cache[:b, :, start:length]
+    if s == 1:
+        # Every head of a group sees the same keys: as rows of one head, they read them once.
+        q = q.view(b, h_kv, h // h_kv, d)
+        bias = None if mask is None else additive(mask[..., start:length], q.dtype)
+        out, _ = _flash(q, k, v, attn_mask=bias, scale=scale)
+        return out.reshape(b, 1, h, d).transpose(1, 2)
+    seen = None if mask is None else mask[..., start:length]
+    return cpu_flash(q, k, v, seen, mask is None, scale, window)[0]
+
+
+@torch.library.register_fake("torchtune_fused::attention_decode", lib=LIBRARY)
+def _(q, k_cache, v_cache, length, mask, scale, window):
+    b, h, s, d = q.shape
+    return q.new_empty(b, s, h, d).transpose(1, 2)

@@ -1,0 +1,160 @@
+"""Gated MLP: ``(act(x @ w_gateᵀ + b_gate) * (x @ w_upᵀ + b_up)) @ w_downᵀ + b_down``.
+
+Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    check_floating,
+    check_like,
+    check_shape,
+    define_op,
+)
+
+_aten = torch.ops.aten
+
+#: Each activation as (forward, backward of (grad, gate)).
+ACTIVATIONS = {
+    "silu": (F.silu, _aten.silu_backward),
+    "gelu_tanh": (
+        lambda gate: F.gelu(gate, approximate="tanh"),
+        lambda grad, gate: _aten.gelu_backward(grad, gate, approximate="tanh"),
+    ),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "relu": (F.relu, lambda grad, gate: _aten.threshold_backward(grad, gate, 0)),
+}
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """Feed-forward block of Llama-type models (SwiGLU with ``activation="silu"``).
+
+    The product of activation and up projection is not kept for the backward pass but computed anew.
+
+    Args:
+        x (Tensor): input of shape ``[..., dim]``.
+        w_gate (Tensor): weight of shape ``[hidden, dim]``, laid out as in ``nn.Linear``.
+        w_up (Tensor): weight of shape ``[hidden, dim]``.
+        w_down (Tensor): weight of shape ``[out, hidden]``.
+        b_gate (Tensor | None): bias of shape ``[hidden]``.
+        b_up (Tensor | None): bias of shape ``[hidden]``.
+        b_down (Tensor | None): bias of shape ``[out]``.
+        activation (str): ``"silu"``, ``"gelu_tanh"``, ``"gelu"`` or ``"relu"``.
+
+    Returns:
+        Tensor: shape ``[..., out]``, dtype of ``x``.
+
+    Raises:
+        TypeError: if a tensor has not the floating-point dtype of ``x``.
+        ValueError: if a shape or device doesn't fit, or the activation is unknown.
+    """
+    check_floating("gated_mlp", "x", x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"gated_mlp: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    dim, (hidden, out) = x.shape[-1], (w_gate.shape[0], w_down.shape[0])
+    for name, tensor, shape in (
+        ("w_gate", w_gate, (hidden, dim)),
+        ("w_up", w_up, (hidden, dim)),
+        ("w_down", w_down, (out, hidden)),
+        ("b_gate", b_gate, (hidden,)),
+        ("b_up", b_up, (hidden,)),
+        ("b_down", b_down, (out,)),
+    ):
+        if tensor is not None:
+            check_shape("gated_mlp", name, tensor, shape)
+            check_like("gated_mlp", name, tensor, "x", x)
+    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    # Without a backward pass to come, the op need not write the projections to memory.
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.ops.torchtune_fused.gated_mlp(*tensors, activation, save)[0]
+
+
+def fused_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """SwiGLU MLP by Llama's names: ``w1`` gates, ``w3`` goes up, ``w2`` down; see `gated_mlp`."""
+    return gated_mlp(x, w1, w3, w2)
+
+
+@define_op(
+    "gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
+    "Tensor? b_down, str activation, bool save) -> (Tensor out, Tensor gate, Tensor up)"
+)
+def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
+    # gate and up are the projections before the activation; empty unless they are to be saved.
+    act, _ = ACTIVATIONS[activation]
+    x = x.contiguous()
+    gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
+    out = F.linear(act(gate).mul_(up), w_down, b_down)
+    return (out, gate, up) if save else (out, x.new_empty(0), x.new_empty(0))
+
+
+@define_op(
+    "gated_mlp_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> "
+    "(Tensor product, Tensor grad_gate, Tensor grad_up)"
+)
+def _activation_backward(grad, gate, up, activation):
+    # grad is that of product = act(gate) * up, which is computed again for the weight's gradient.
+    act, act_backward = ACTIVATIONS[activation]
+    activated = act(gate)
+    grad_up = grad * activated
+    return activated.mul_(up), act_backward(grad * up, gate), grad_up
+
+
+@torch.library.register_fake("torchtune_fused::gated_mlp", lib=LIBRARY)
+def _(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
+    hidden = (*x.shape[:-1], w_gate.shape[0]) if save else (0,)
+    out = x.new_empty((*x.shape[:-1], w_down.shape[0]))
+    return out, x.new_empty(hidden), x.new_empty(hidden)
+
+
+@torch.library.register_fake("torchtune_fused::gated_mlp_activation_backward", lib=LIBRARY)
+def _(grad, gate, up, activation):
+    return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_gate, w_up, w_down, *_, ctx.activation, _ = inputs
+    _, gate, up = output
+    ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _grad_gate, _grad_up):
+    x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
+    need_x, need_w_gate, need_w_up, need_w_down, *need_bias = ctx.needs_input_grad[:7]
+    grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    product, grad_gate, grad_up = torch.ops.torchtune_fused.gated_mlp_activation_backward(
+        grad @ w_down, gate.flatten(0, -2), up.flatten(0, -2), ctx.activation
+    )
+    grad_x = None
+    if need_x:
+        grad_x = torch.addmm(grad_gate @ w_gate, grad_up, w_up).view(x.shape)
+    grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)
+    return (
+        grad_x,
+        grad_gate.t() @ rows if need_w_gate else None,
+        grad_up.t() @ rows if need_w_up else None,
+        grad.t() @ product if need_w_down else None,
+        *(g.sum(0) if need else None for g, need in grad_biases),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "torchtune_fused::gated_mlp", _autograd, setup_context=_setup_context, lib=LIBRARY
+)

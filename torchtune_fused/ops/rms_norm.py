@@ -1,0 +1,91 @@
+"""RMSNorm: ``y = x / sqrt(mean(x²) + eps) * weight``, computed in fp32.
+
+Zhang and Sennrich, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    at_least_fp32,
+    check_device,
+    check_floating,
+    check_shape,
+    define_op,
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalises the last dimension of ``x`` by its root mean square and scales it.
+
+    Statistics and products are fp32 (fp64 for fp64 input), rounded once at the end, as torchtune's
+    RMSNorm does.
+
+    Args:
+        x (Tensor): input of shape ``[..., d]``, any strides.
+        weight (Tensor): scale of shape ``[d]``, of any floating dtype.
+        eps (float): added to the mean square.
+
+    Returns:
+        Tensor: contiguous, shape and dtype of ``x``.
+
+    Raises:
+        TypeError: if ``x`` or ``weight`` is not of a floating-point dtype.
+        ValueError: if ``weight`` has not the shape ``[d]`` or is on another device.
+    """
+    check_floating("rms_norm", "x", x)
+    check_floating("rms_norm", "weight", weight)
+    check_shape("rms_norm", "weight", weight, x.shape[-1:])
+    check_device("rms_norm", "weight", weight, "x", x)
+    return torch.ops.torchtune_fused.rms_norm(x, weight, eps)[0]
+
+
+@define_op("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)")
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = at_least_fp32(x.contiguous())
+    # The norm reads x once and keeps nothing of its size, where x.square().mean() would.
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).mul_(weight).to(x.dtype), rstd.squeeze(-1)
+
+
+@define_op(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> "
+    "(Tensor grad_x, Tensor grad_weight)"
+)
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    # With n = x * rstd: dx = rstd * (g * w - n * mean(g * w * n)), dw = sum over rows of g * n.
+    grad, rstd = at_least_fp32(grad.contiguous()), rstd.unsqueeze(-1)
+    normed = at_least_fp32(x.contiguous()) * rstd
+    product = grad * normed
+    grad_weight = product.view(-1, x.shape[-1]).sum(0)
+    mean = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
+    grad_x = torch.mul(grad, weight, out=product).addcmul_(normed, mean, value=-1).mul_(rstd)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+@torch.library.register_fake("torchtune_fused::rms_norm", lib=LIBRARY)
+def _(x, weight, eps):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("torchtune_fused::rms_norm_backward", lib=LIBRARY)
+def _(grad, x, weight, rstd):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _grad_rstd):
+    return *torch.ops.torchtune_fused.rms_norm_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(
+    "torchtune_fused::rms_norm", _autograd, setup_context=_setup_context, lib=LIBRARY
+)

@@ -1,0 +1,132 @@
+"""Rotary position embeddings: pairs of channels are rotated by an angle that grows with position.
+
+Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
+https://arxiv.org/abs/2104.09864.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    at_least_fp32,
+    check_device,
+    check_floating,
+    check_shape,
+    define_op,
+)
+
+
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, *, interleaved: bool
+) -> Tensor:
+    """Rotates each head of ``x`` by the angles of its tokens' positions.
+
+    The rotation is computed in fp32 (fp64 for fp64 input) and rounded once at the end.
+
+    Args:
+        x (Tensor): queries or keys of shape ``[b, s, h, d]``, any strides.
+        cos (Tensor): cosines of shape ``[max_seq_len, d / 2]``, fp32, any strides (so that views of
+            a cache that interleaves cosines and sines serve).
+        sin (Tensor): sines, as ``cos``.
+        input_pos (Tensor | None): position of each token, int32 or int64, of any shape that can be
+            read as ``[1, s]`` or ``[b, s]``. None means 0, 1, … s - 1.
+        interleaved (bool): True rotates the pairs ``(x[2i], x[2i + 1])`` as torchtune's Llama does,
+            False the pairs ``(x[i], x[i + d / 2])`` as Qwen2, Phi-3 and Hugging Face do.
+
+    Returns:
+        Tensor: contiguous, shape and dtype of ``x``.
+
+    Raises:
+        TypeError: if a tensor has a dtype of the wrong kind.
+        ValueError: if shapes or devices don't fit, or if a position lies beyond ``max_seq_len``
+            (positions in ``input_pos`` are checked on the CPU only).
+    """
+    check_floating("rope", "x", x)
+    if x.ndim != 4 or x.shape[3] % 2 != 0:
+        raise ValueError(f"rope: x must have shape [b, s, h, d], d even, got {list(x.shape)}")
+    b, s, _, d = x.shape
+    max_seq_len = cos.shape[0]
+    check_floating("rope", "cos", cos)
+    check_shape("rope", "cos", cos, (max_seq_len, d // 2))
+    check_shape("rope", "sin", sin, cos.shape)
+    check_device("rope", "cos", cos, "x", x)
+    check_device("rope", "sin", sin, "x", x)
+    if input_pos is None:
+        if s > max_seq_len:
+            raise ValueError(
+                f"rope: x has {s} tokens, but cos and sin only {max_seq_len} positions; "
+                "build the cache for a larger max_seq_len"
+            )
+    else:
+        if input_pos.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rope: input_pos must be int32 or int64, got {input_pos.dtype}")
+        if input_pos.numel() not in (s, b * s):
+            raise ValueError(
+                f"rope: input_pos must have {s} or {b} x {s} elements, one for each token of x, "
+                f"got shape {list(input_pos.shape)}"
+            )
+        check_device("rope", "input_pos", input_pos, "x", x)
+    return torch.ops.torchtune_fused.rope(x, cos, sin, input_pos, interleaved, False)
+
+
+def _rows(table: Tensor, s: int, input_pos: Tensor | None) -> Tensor:
+    """A table's row for each token, as ``[s, 1, d / 2]`` or ``[1 or b, s, 1, d / 2]``."""
+    if input_pos is None:
+        rows = table[:s]
+    else:
+        try:
+            rows = table.index_select(0, input_pos.reshape(-1)).view(-1, s, table.shape[1])
+        except IndexError:
+            raise ValueError(
+                f"rope: input_pos has positions from {int(input_pos.min())} to "
+                f"{int(input_pos.max())}, but cos and sin are for 0 to {table.shape[0] - 1}"
+            ) from None
+    return at_least_fp32(rows).unsqueeze(-2)
+
+
+@define_op(
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor? input_pos, bool interleaved, bool inverse) -> "
+    "Tensor"
+)
+def _rope(
+    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    s, wide = x.shape[1], at_least_fp32(x.contiguous())
+    cos, sin = _rows(cos, s, input_pos), _rows(sin, s, input_pos)
+    if inverse:
+        sin = -sin
+    if interleaved:
+        # A pair is a complex number and the rotation one product: a single pass over x.
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        rotated = wide * torch.cat((cos, cos), dim=-1)
+        rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+        rotated_first.addcmul_(second, sin, value=-1)
+        rotated_second.addcmul_(first, sin)
+    return rotated.to(x.dtype)
+
+
+@torch.library.register_fake("torchtune_fused::rope", lib=LIBRARY)
+def _(x, cos, sin, input_pos, interleaved, inverse):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos, sin, input_pos, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, input_pos)
+
+
+def _autograd(ctx, grad):
+    # A rotation is orthogonal: its transpose is the rotation by the opposite angle.
+    grad_x = torch.ops.torchtune_fused.rope(
+        grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse
+    )
+    return grad_x, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "torchtune_fused::rope", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
