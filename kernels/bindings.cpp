@@ -6,12 +6,14 @@
 // a namespace twice crashes in the stable ABI.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
 
 // norm/norm.cpp
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
 
 }  // namespace torchtune_fused
 

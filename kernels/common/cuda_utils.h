@@ -36,8 +36,8 @@ template <typename... Args>
   throw std::runtime_error(message.str());
 }
 
-// The element types that kernels are instantiated for.
-enum class DType { kFloat16, kBFloat16 };
+// Element types. Only what is no matter of speed takes all of them; the rest takes the first two.
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 // What the dispatch code must know of the GPU that a launch goes to.
 struct DeviceProperties {

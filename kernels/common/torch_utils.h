@@ -77,7 +77,17 @@ inline void check_contiguous(const Tensor& t, const char* name) {
   TTF_CHECK(t.is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
 }
 
-// The element type that kernels are instantiated for, or an error that names the tensor.
+// The element type, which must be a floating-point one.
+inline DType floating_dtype(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype == ScalarType::Half) return DType::kFloat16;
+  if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
+  if (dtype == ScalarType::Float) return DType::kFloat32;
+  if (dtype == ScalarType::Double) return DType::kFloat64;
+  raise(name, " must be a floating-point tensor, got ", torch::headeronly::toString(dtype));
+}
+
+// The element type, which must be one that all kernels are instantiated for.
 inline DType half_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
   TTF_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name,
