@@ -1,0 +1,16 @@
+"""Modules on the fused ops: drop-ins for torchtune's, and two that stand alone."""
+
+from torchtune_fused.modules.attention import FusedAttention
+from torchtune_fused.modules.feed_forward import FusedFeedForward
+from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
+from torchtune_fused.modules.optimized_attention import OptimizedAttention
+from torchtune_fused.modules.rms_norm import FusedRMSNorm
+
+__all__ = [
+    "FusedAttention",
+    "FusedFeedForward",
+    "FusedRMSNorm",
+    "MultiLayerPerceptron",
+    "MultiLayerPreceptron",
+    "OptimizedAttention",
+]

@@ -108,18 +108,25 @@ def attention_decode(
     "float scale, int? window) -> Tensor"
 )
 def _reference(q, k_cache, v_cache, length, mask, scale, window):
-    # Without reading the length on the host: every slot takes part, the hidden ones masked, and
-    # the unfilled ones zeroed, as zero times NaN would still be NaN.
+    # The host doesn't know the length: every slot takes part, the hidden ones masked, and the
+    # unfilled ones zeroed, as zero times NaN would still be NaN.
     (b, _, s, _), max_len = q.shape, k_cache.shape[2]
-    slots = torch.arange(max_len, device=q.device)
-    filled = slots < length
-    own = length - s + torch.arange(s, device=q.device).unsqueeze(1)
-    seen = (slots <= own)[None, None] if mask is None else mask & filled
-    if window is not None:
-        seen = seen & (own - slots < window)
-    empty = ~filled.unsqueeze(1)
+    seen = visible_slots(length, s, max_len, mask is None, window)
+    if mask is not None:
+        seen = seen & mask
+    empty = (torch.arange(max_len, device=q.device) >= length).unsqueeze(1)
     k, v = k_cache[:b].masked_fill(empty, 0), v_cache[:b].masked_fill(empty, 0)
     return closed_form(q, k, v, seen, False, scale, None)[0]
+
+
+def visible_slots(length: Tensor, s: int, max_len: int, causal: bool, window: int | None) -> Tensor:
+    """The slots which each of the last ``s`` of ``length`` tokens sees, ``[1, 1, s, max_len]``."""
+    slots = torch.arange(max_len, device=length.device)
+    own = (length - s + torch.arange(s, device=length.device)).unsqueeze(1)
+    seen = slots <= own if causal else (slots < length).expand(s, max_len)
+    if window is not None:
+        seen = seen & (own - slots < window)
+    return seen[None, None]
 
 
 @torch.library.impl(LIBRARY, "attention_decode", "CPU")

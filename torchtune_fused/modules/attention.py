@@ -1,0 +1,197 @@
+"""torchtune's MultiHeadAttention on the fused ops."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torchtune.modules import KVCache, MultiHeadAttention
+
+from torchtune_fused.modules._plain import in_autocast, share_state
+from torchtune_fused.modules.block_mask import dense_mask
+from torchtune_fused.modules.rope import rotation
+from torchtune_fused.ops import attention, attention_decode, kv_cache_update
+from torchtune_fused.ops.attention import visible
+from torchtune_fused.ops.attention_decode import visible_slots
+
+
+class FusedAttention(MultiHeadAttention):
+    """Drop-in for :class:`torchtune.modules.MultiHeadAttention`: same state dict and results.
+
+    Args:
+        sliding_window (int | None): how many tokens a token sees at most, itself included, in
+            self-attention, on top of any mask (Mistral). Default: all.
+        norm_before_rope (bool): whether ``q_norm`` and ``k_norm`` come before the rotary embedding
+            (Qwen3) instead of after it.
+        **kwargs: those of :class:`torchtune.modules.MultiHeadAttention`.
+
+    Raises:
+        ValueError: if ``sliding_window < 1``, or as torchtune's class.
+    """
+
+    # As class attributes too: a view of a stock module has neither in its state.
+    sliding_window: int | None = None
+    norm_before_rope: bool = False
+
+    def __init__(
+        self, *, sliding_window: int | None = None, norm_before_rope: bool = False, **kwargs
+    ) -> None:
+        super().__init__(**kwargs)
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, got {sliding_window}")
+        self.sliding_window = sliding_window
+        self.norm_before_rope = norm_before_rope
+
+    @classmethod
+    def from_stock(cls, module: MultiHeadAttention) -> "FusedAttention":
+        """The same attention, sharing all of its state with ``module``."""
+        return share_state(module, MultiHeadAttention, cls)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        mask: Tensor | BlockMask | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of ``x`` to ``y``, or to the KV cache.
+
+        Args:
+            x (Tensor): input of the queries, ``[b, s, embed_dim]``.
+            y (Tensor | None): input of the keys and values, ``[b, s_kv, embed_dim]``: ``x`` itself
+                in self-attention. None attends to what the KV cache holds.
+            mask (Tensor | BlockMask | None): bool of shape ``[b or 1, s, s_kv]``, True attends,
+                where ``s_kv`` is the length of the cache if one is enabled; or a BlockMask. None is
+                causal if ``is_causal``, and with an enabled cache, as torchtune never calls it,
+                causal over the slots filled.
+            input_pos (Tensor | None): positions of the tokens, ``[s]`` or ``[b, s]``. Default: 0,
+                1, … s - 1.
+
+        Returns:
+            Tensor: shape ``[b, s, embed_dim]``.
+
+        Raises:
+            ValueError: if there is neither ``y`` nor an enabled cache, the cache is full, or the
+                sequence is longer than the rotary embedding's cache.
+        """
+        rotate = None if self.pos_embeddings is None else rotation(self.pos_embeddings)
+        caching = self.kv_cache is not None and self.cache_enabled
+        causal = self.kv_cache is None and mask is None and self.is_causal
+        window = self.sliding_window if y is x else None
+        if not (isinstance(mask, BlockMask) and x.is_cuda and window is None):
+            mask = _dense(mask)
+
+        q = self._heads(self.q_proj(x), self.q_norm, rotate, input_pos)
+        if y is None:
+            if not caching:
+                raise ValueError("attention needs y, or an enabled KV cache to attend to")
+            k, v = self.kv_cache.k_cache, self.kv_cache.v_cache
+        else:
+            k = self._heads(self.k_proj(y), self.k_norm, rotate, input_pos)
+            v = self._heads(self.v_proj(y), None, None, None)
+            if caching and y is x and self._can_decode(q, k, v, mask):
+                return self._merge_heads(self._decode(q, k, v, mask))
+            if caching:
+                k, v = self.kv_cache.update(k, v)
+                if y is x:
+                    mask, window = self._mask_of_slots(q, mask), None
+        return self._merge_heads(self._attend(q, k, v, mask, causal, window))
+
+    def _heads(
+        self,
+        x: Tensor,
+        norm: nn.Module | None,
+        rotate: Callable[..., Tensor] | None,
+        input_pos: Tensor | None,
+    ) -> Tensor:
+        """A projection ``[b, s, h * d]`` as heads ``[b, h, s, d]``, normalised and rotated."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_before_rope:
+            x = norm(x)
+        if rotate is not None:
+            x = rotate(x, input_pos=input_pos)
+        x = x.transpose(1, 2)
+        if norm is not None and not self.norm_before_rope:
+            x = norm(x)
+        return x
+
+    def _merge_heads(self, x: Tensor) -> Tensor:
+        return self.output_proj(x.transpose(1, 2).flatten(2))
+
+    def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether the ops for the KV cache apply: not to gradients, dropout or a cache unknown."""
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        return (
+            type(self.kv_cache) is KVCache
+            and (self.is_causal if mask is None else _is_bool(mask))
+            and not (needs_grad or self._dropout or in_autocast(q))
+        )
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Self-attention over the KV cache, reading no more of it than is filled."""
+        cache = self.kv_cache
+        kv_cache_update(cache.k_cache, cache.v_cache, cache.cache_pos, k, v)
+        length = cache.cache_pos[:1]
+        return attention_decode(
+            q, cache.k_cache, cache.v_cache, length, mask, window=self.sliding_window
+        )
+
+    def _mask_of_slots(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
+        """``mask`` with what `_decode` would hide too, over all slots of the updated KV cache."""
+        causal = mask is None and self.is_causal
+        if not causal and self.sliding_window is None:
+            return mask
+        length, max_len = self.kv_cache.cache_pos[:1], self.kv_cache.k_cache.shape[2]
+        seen = visible_slots(length, q.shape[2], max_len, causal, self.sliding_window)
+        return _restrict(mask, seen)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | BlockMask | None,
+        causal: bool,
+        window: int | None,
+    ) -> Tensor:
+        """Attention over all of ``k`` and ``v``: on the op, or on PyTorch for what it can't do."""
+        s, s_kv, dropout = q.shape[2], k.shape[2], self._dropout
+        if causal and s != s_kv:
+            # Here torchtune lets the first query, not the last, stand at its key.
+            mask, causal = q.new_ones(1, 1, s, s_kv, dtype=torch.bool).tril(), False
+        if (mask is None or _is_bool(mask)) and not (dropout or in_autocast(q)):
+            return attention(q, k, v, mask, causal=causal, window=window)
+
+        groups = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if isinstance(mask, BlockMask):
+            return self._attention_call(q, k, v, mask=mask, dropout_p=dropout, is_causal=False)
+        if window is not None:
+            mask, causal = _restrict(mask, visible(s, s_kv, None, causal, window, q.device)), False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
+
+    @property
+    def _dropout(self) -> float:
+        return self.attn_dropout if self.training else 0.0
+
+
+def _is_bool(mask: Tensor | BlockMask) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool
+
+
+def _dense(mask: Tensor | BlockMask | None) -> Tensor | None:
+    """A mask of any kind as ``[b or 1, h or 1, s, s_kv]``."""
+    if isinstance(mask, BlockMask):
+        return dense_mask(mask)
+    return mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+
+
+def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A bool or additive mask, with all hidden that ``seen`` doesn't show."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)

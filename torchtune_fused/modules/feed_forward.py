@@ -1,0 +1,60 @@
+"""torchtune's FeedForward on the fused op."""
+
+from torch import Tensor, nn
+from torchtune.modules import FeedForward
+
+from torchtune_fused.modules._plain import in_autocast, is_plain, is_plain_tensor, share_state
+from torchtune_fused.ops import gated_mlp
+
+_ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """The name by which `gated_mlp` knows an activation module, None if it doesn't."""
+    cls = type(activation)
+    if not is_plain(activation, cls):
+        return None
+    return _GELUS[activation.approximate] if cls is nn.GELU else _ACTIVATIONS.get(cls)
+
+
+def can_fuse(x: Tensor, *linears: nn.Module) -> bool:
+    """Whether reading the weights of ``linears`` comes to the same as calling them on ``x``."""
+    return (
+        all(is_plain(linear, nn.Linear) for linear in linears)
+        and is_plain_tensor(x)
+        and not in_autocast(x)
+    )
+
+
+def fuse(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str) -> Tensor:
+    """`gated_mlp` with the weights and biases of three linear layers."""
+    weights = (gate.weight, up.weight, down.weight)
+    return gated_mlp(x, *weights, gate.bias, up.bias, down.bias, activation=activation)
+
+
+class FusedFeedForward(FeedForward):
+    """Drop-in for :class:`torchtune.modules.FeedForward`: same constructor, state dict and results.
+
+    Gated feed-forwards of three ``nn.Linear`` run as one op. Everything else, such as LoRA or
+    quantised projections, runs as in torchtune.
+    """
+
+    @classmethod
+    def from_stock(cls, module: FeedForward) -> "FusedFeedForward":
+        """The same feed-forward, sharing all of its state with ``module``."""
+        return share_state(module, FeedForward, cls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the feed-forward network.
+
+        Args:
+            x (Tensor): input of shape ``[..., in_dim]``.
+
+        Returns:
+            Tensor: shape ``[..., out_dim]``, dtype of ``x``.
+        """
+        activation = activation_name(self.activation)
+        if activation is None or not can_fuse(x, self.w1, self.w3, self.w2):
+            return super().forward(x)
+        return fuse(x, self.w1, self.w3, self.w2, activation)
