@@ -53,14 +53,32 @@ def fetch_checkpoint(path_or_repo_id: str | Path, shard: Shard | None = None) ->
         ConfigError: If its config is corrupt or not supported.
         ValueError: If the shard is not one of this model.
     """
+    folder = fetch_side_files(path_or_repo_id)
+    if Path(path_or_repo_id).expanduser().is_dir():
+        return folder
+    # The folder is named by its commit, which the weights must come from too.
+    return _fetch(path_or_repo_id, _weight_files(folder, shard), revision=folder.name)
+
+
+def fetch_side_files(path_or_repo_id: str | Path) -> Path:
+    """The folder that holds a model's config and tokenizer; its weights need not be there.
+
+    Args:
+        path_or_repo_id (str | Path): As for :func:`fetch_checkpoint`.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        FileNotFoundError: If it is neither a folder nor could be the name of a repository.
+        HubError: If the repository does not exist, is not open to you, or can't be reached.
+    """
     folder = Path(path_or_repo_id).expanduser()
     if folder.is_dir():
         return folder
     if isinstance(path_or_repo_id, Path) or not _REPO_ID.fullmatch(path_or_repo_id):
         raise FileNotFoundError(f"{path_or_repo_id}: no such folder")
-    folder = _fetch(path_or_repo_id, ["config.json", INDEX, *SIDE_FILES])
-    # The folder is named by its commit, which the weights must come from too.
-    return _fetch(path_or_repo_id, _weight_files(folder, shard), revision=folder.name)
+    return _fetch(path_or_repo_id, ["config.json", INDEX, *SIDE_FILES])
 
 
 def _weight_files(folder: Path, shard: Shard | None) -> list[str]:
