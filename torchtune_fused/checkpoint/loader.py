@@ -115,7 +115,10 @@ def load_weights(
 
     fresh: dict[str, torch.Tensor] = {}
     finite: dict[str, torch.Tensor] = {}
-    for name in tqdm(sources, desc=f"loading {folder.name}", unit="tensor", disable=None):
+    # While a tensor is copied, its file's pages count as resident as well. The largest go first, when
+    # there is still room for that below what the whole will take.
+    order = sorted(sources, key=lambda name: targets[name].numel(), reverse=True)
+    for name in tqdm(order, desc=f"loading {folder.name}", unit="tensor", disable=None):
         target = targets[name]
         if target.is_meta:
             target = fresh[name] = torch.empty(target.shape, dtype=dtype, device=device)
@@ -219,7 +222,7 @@ def _read_into(
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     # One pass and no temporary; NaN and infinity both reach the extremes. No wait on a GPU.
     low, high = tensor.aminmax()
-    return (high - low).isfinite()
+    return low.isfinite() & high.isfinite()
 
 
 def _warn_of_non_finite(folder: Path, finite: Mapping[str, torch.Tensor]) -> None:

@@ -15,11 +15,7 @@ from torchtune.modules import (
 
 from torchtune_fused.models.config import ModelConfig
 from torchtune_fused.models.rope import build_rope
-
-try:  # TEMPORARY
-    from torchtune_fused.modules import FusedAttention
-except ImportError:
-    FusedAttention = None
+from torchtune_fused.modules import FusedAttention
 from torchtune_fused.shard.decoder import ShardTransformerDecoder
 from torchtune_fused.shard.shard import Shard
 
