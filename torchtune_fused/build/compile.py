@@ -8,14 +8,17 @@ machine without a GPU or a CUDA build of torch.
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from filelock import FileLock, Timeout
@@ -114,17 +117,14 @@ def build_library(folder: Path, target: Target, toolchain: Toolchain) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with _announced_lock(library.with_name("lock")):
         if not library.is_file():
-            work = library.with_name("work")  # whatever a killed build left there is void
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                _Build(folder, target, toolchain, work).run(library)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            for left_by_killed_build in library.parent.glob("work-*"):
+                shutil.rmtree(left_by_killed_build, ignore_errors=True)
+            with TemporaryDirectory(prefix="work-", dir=library.parent) as work:
+                _Build(folder, target, toolchain, Path(work)).run(library)
     return library
 
 
-def _announced_lock(path: Path) -> FileLock:
+def _announced_lock(path: Path) -> AbstractContextManager:
     lock = FileLock(path)
     try:
         return lock.acquire(blocking=False)
@@ -223,9 +223,7 @@ class _Build:
         if done.returncode:
             failed = cache_dir() / "failed.log"
             failed.write_text(f"{subprocess.list2cmdline(map(str, done.args))}\n{done.stdout}")
-            errors = [
-                line for line in done.stdout.splitlines() if "error" in line or "fatal" in line
-            ]
+            errors = re.findall(r"^.*(?:error:|fatal|undefined).*$", done.stdout, re.MULTILINE)
             what = errors[0] if errors else f"exit status {done.returncode}"
             raise BuildError(f"nvcc failed: {what}", f"its whole output is in {failed}")
         return done.stdout

@@ -111,7 +111,11 @@ def _find(compile_if_missing: bool) -> KernelStatus:
     try:
         toolchain = find_toolchain()
         target = Target.for_this_machine()
-        _check_driver(toolchain.cuda)
+        if too_new := _driver_mismatch(toolchain.cuda):
+            raise _Unusable(
+                f"what {toolchain.nvcc} compiles {too_new}",
+                "update the driver, or set CUDA_HOME to an older CUDA toolkit",
+            )
         library = cached_library(kernel_dir(), target, toolchain)
         if not library.is_file():
             if not compile_if_missing:
@@ -161,19 +165,22 @@ def _mismatch(info: BuildInfo | None) -> str:
         major, minor = torch.cuda.get_device_capability(index)
         if not info.target.runs_on((major, minor)):
             return f"is for {info.target}, and GPU {index} has compute capability {major}.{minor}"
-    _check_driver(info.cuda)
-    return ""
+    return _driver_mismatch(info.cuda)
 
 
-def _check_driver(cuda: tuple[int, int]) -> None:
-    """The CUDA runtime inside the library needs a driver of its major version or a later one."""
+def _driver_mismatch(cuda: tuple[int, int]) -> str:
+    """Why the driver can't run the CUDA runtime inside a library; empty if it can.
+
+    The runtime needs a driver of its own major version or a later one, whatever version torch
+    itself was built with.
+    """
+    driver = _driver_cuda()
+    if driver[0] >= cuda[0]:
+        return ""
+    return f"needs a driver for CUDA {cuda[0]}, and this one is for CUDA {driver[0]}.{driver[1]}"
+
+
+def _driver_cuda() -> tuple[int, int]:
     version = ctypes.c_int(0)
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    major = version.value // 1000
-    if major < cuda[0]:
-        raise _Unusable(
-            f"kernels built with CUDA {cuda[0]}.{cuda[1]} need a driver for CUDA {cuda[0]}, and "
-            f"this machine's is for CUDA {major}.{version.value % 1000 // 10}",
-            f"update the driver, or set CUDA_HOME to a CUDA {major} toolkit and run "
-            "torchtune-fused build",
-        )
+    return version.value // 1000, version.value % 1000 // 10

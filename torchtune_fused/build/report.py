@@ -64,10 +64,14 @@ def find_violations(text: str) -> list[str]:
     """What breaks the rules in a compiler's output: spills, shared memory, and complaints.
 
     Returns:
-        One line for each violation; empty if every kernel keeps the rules.
+        One line for each violation; empty if every kernel keeps the rules. Output without a kernel
+        is a violation too, since nothing was checked.
     """
     found = [line.strip() for line in text.splitlines() if _COMPLAINT.search(line)]
-    for kernel in parse_report(text):
+    kernels = parse_report(text)
+    if not kernels:
+        found.append("ptxas reported no kernel")
+    for kernel in kernels:
         where = f"{_demangle(kernel.name)} on sm_{kernel.arch}"
         if kernel.spills:
             found.append(f"{where} spills {kernel.spills} bytes of registers")

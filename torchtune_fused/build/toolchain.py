@@ -35,12 +35,10 @@ class Toolchain:
 
     Attributes:
         nvcc: The compiler.
-        root: The folder that holds its ``bin``, ``include`` and ``lib``.
         version: Its full version, such as ``"13.0.88"``.
     """
 
     nvcc: Path
-    root: Path
     version: str
 
     @property
@@ -48,6 +46,16 @@ class Toolchain:
         """The CUDA version, such as ``(13, 0)``."""
         major, minor = self.version.split(".")[:2]
         return int(major), int(minor)
+
+    @property
+    def root(self) -> Path:
+        """The folder of its ``bin``, ``include`` and ``lib``, which it alone knows.
+
+        What lies on the PATH may be a link to nvcc, or a script that calls it.
+        """
+        dry_run = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+        match = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+        return Path(match[1]).resolve() if match else self.nvcc.resolve().parent.parent
 
 
 @cache
@@ -68,11 +76,10 @@ def find_toolchain() -> Toolchain:
         )
     too_old = []
     for nvcc in _candidates():
-        version = _version(nvcc)
-        toolchain = Toolchain(nvcc, _root(nvcc), version)
+        toolchain = Toolchain(nvcc, _version(nvcc))
         if toolchain.cuda >= MIN_CUDA:
             return toolchain
-        too_old.append(f"{nvcc} is {version}, older than {MIN_CUDA[0]}.{MIN_CUDA[1]}")
+        too_old.append(f"{nvcc} is {toolchain.version}, older than {MIN_CUDA[0]}.{MIN_CUDA[1]}")
     raise BuildError("; ".join(too_old) or "there is no nvcc on this machine", INSTALL_ADVICE)
 
 
@@ -94,10 +101,3 @@ def _version(nvcc: Path) -> str:
     if match is None:
         raise BuildError(f"{nvcc} does not tell its version", INSTALL_ADVICE)
     return match[1]
-
-
-def _root(nvcc: Path) -> Path:
-    """Where nvcc thinks it is: what is on the PATH may be a link to it, or a script."""
-    text = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-    match = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
-    return Path(match[1]).resolve() if match else nvcc.resolve().parent.parent
