@@ -130,6 +130,19 @@ def test_driver_older_than_the_compiler(a10, toolchain, monkeypatch):
         assert load_kernels() is False
 
 
+def test_misspelt_architecture(a10, toolchain, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "sm_86")
+    with pytest.warns(UserWarning, match="'sm_86' is no GPU architecture.*TORCH_CUDA_ARCH_LIST"):
+        assert load_kernels() is False
+
+
+def test_cache_that_cannot_be_written(a10, toolchain, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="compiling failed.*set XDG_CACHE_HOME"):
+        assert load_kernels() is False
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("forced", ["", "8.6"])
 def test_kernels_run_on_this_gpu(forced):

@@ -100,34 +100,46 @@ def _turned_off() -> bool:
 def _find(compile_if_missing: bool) -> KernelStatus:
     """Find a library that this machine can load; raise _Unusable if there is none."""
     _check_machine()
-    ahead = kernel_dir() / LIBRARY_NAME
     mismatch = "none was built ahead"
-    if ahead.is_file():
-        info = BuildInfo.read(ahead)
-        mismatch = _mismatch(info)
-        if not mismatch:
-            return KernelStatus(True, ahead, str(info.target), "built ahead")
-        mismatch = f"{ahead} {mismatch}"
     try:
-        toolchain = find_toolchain()
-        target = Target.for_this_machine()
-        if too_new := _driver_mismatch(toolchain.cuda):
-            raise _Unusable(
-                f"what {toolchain.nvcc} compiles {too_new}",
-                "update the driver, or set CUDA_HOME to an older CUDA toolkit",
-            )
-        library = cached_library(kernel_dir(), target, toolchain)
-        if not library.is_file():
-            if not compile_if_missing:
-                raise _Unusable(
-                    f"not compiled yet for {target} ({mismatch})",
-                    "torchtune-fused build, or wait while the first use compiles them",
-                )
-            build_library(kernel_dir(), target, toolchain)
+        ahead = kernel_dir() / LIBRARY_NAME
+        if ahead.is_file():
+            info = BuildInfo.read(ahead)
+            mismatch = _mismatch(info)
+            if not mismatch:
+                return KernelStatus(True, ahead, str(info.target), "built ahead")
+            mismatch = f"{ahead} {mismatch}"
+        return _find_own(mismatch, compile_if_missing)
     except BuildError as error:
         raise _Unusable(f"{mismatch}, and {error.reason}", error.advice) from error
-    except (OSError, ValueError) as error:  # an unwritable cache; a misspelt architecture
-        raise _Unusable(f"{mismatch}, and compiling failed: {error}", "correct that") from error
+    except ValueError as error:  # an architecture that is none, in a variable
+        raise _Unusable(
+            str(error), "correct TORCHTUNE_FUSED_ARCH or TORCH_CUDA_ARCH_LIST"
+        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter where files can't be locked
+        raise _Unusable(
+            f"{mismatch}, and compiling failed: {error}",
+            "set XDG_CACHE_HOME to a folder on a disk that can be written",
+        ) from error
+
+
+def _find_own(mismatch: str, compile_if_missing: bool) -> KernelStatus:
+    """Find the library compiled on this machine, or compile it."""
+    toolchain = find_toolchain()
+    target = Target.for_this_machine()
+    if too_new := _driver_mismatch(toolchain.cuda):
+        raise _Unusable(
+            f"what {toolchain.nvcc} compiles {too_new}",
+            "update the driver, or set CUDA_HOME to an older CUDA toolkit",
+        )
+    library = cached_library(kernel_dir(), target, toolchain)
+    if not library.is_file():
+        if not compile_if_missing:
+            raise _Unusable(
+                f"not compiled yet for {target} ({mismatch})",
+                "torchtune-fused build, or wait while the first use compiles them",
+            )
+        build_library(kernel_dir(), target, toolchain)
     return KernelStatus(True, library, str(target), "compiled on first use")
 
 
