@@ -6,11 +6,34 @@
 // a namespace twice crashes in the stable ABI.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
 
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
+
+// attention/attention.cpp
+Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& length, const std::optional<Tensor>& mask, double scale,
+                        std::optional<int64_t> window);
+
+// decode/decode.cpp
+Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual,
+                     const std::optional<Tensor>& norm_weight, double eps, bool fp32_out);
+Tensor decode_gated(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
+                    const std::optional<Tensor>& b_gate, const std::optional<Tensor>& b_up,
+                    const std::optional<Tensor>& norm_weight, double eps, std::string activation);
+Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Tensor& wv,
+                  const std::optional<Tensor>& bq, const std::optional<Tensor>& bk,
+                  const std::optional<Tensor>& bv, const std::optional<Tensor>& norm_weight,
+                  double eps, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                  const std::optional<Tensor>& input_pos, bool interleaved,
+                  const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                  double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                  const Tensor& cache_pos);
 
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
@@ -19,5 +42,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
+  m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("decode_linear", TORCH_BOX(&decode_linear));
+  m.impl("decode_gated", TORCH_BOX(&decode_gated));
+  m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

@@ -1,0 +1,80 @@
+// Chooses among the instantiations of decode_attention.cuh, and how many splits to use.
+#include "attention/decode_attention.cuh"
+
+namespace torchtune_fused {
+
+extern template struct DecodeAttention<64>;
+extern template struct DecodeAttention<80>;
+extern template struct DecodeAttention<96>;
+extern template struct DecodeAttention<128>;
+extern template struct DecodeAttention<256>;
+
+namespace {
+
+constexpr int kMaxSplits = 64;
+
+// Calls f with the instantiation for the head dimension.
+template <typename F>
+auto with_head_dim(int head_dim, F f) {
+  switch (head_dim) {
+    case 64: return f(DecodeAttention<64>());
+    case 80: return f(DecodeAttention<80>());
+    case 96: return f(DecodeAttention<96>());
+    case 128: return f(DecodeAttention<128>());
+    case 256: return f(DecodeAttention<256>());
+  }
+  raise("the head dimension must be 64, 80, 96, 128 or 256, got ", head_dim);
+}
+
+int64_t tile_count(const DecodeAttentionParams& p) {
+  const int64_t rows = static_cast<int64_t>(p.heads) / p.kv_heads * p.steps;
+  return p.batch * p.kv_heads * ((rows + kRows - 1) / kRows);
+}
+
+bool aligned(const void* data, const int64_t (&strides)[3]) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 8 == 0 &&
+         strides[1] % 8 == 0 && strides[2] % 8 == 0;
+}
+
+}  // namespace
+
+bool decode_attention_is_fast(const DecodeAttentionParams& p) {
+  const bool half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  const int d = p.head_dim;
+  return half && (d == 64 || d == 80 || d == 96 || d == 128 || d == 256) &&
+         aligned(p.q, p.q_stride) && aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride);
+}
+
+int64_t plan_decode_attention(DecodeAttentionParams& p) {
+  // All blocks should run at once, or in waves that are nearly full: the fewest splits within 3%
+  // of the best use of the slots.
+  const int64_t tiles = tile_count(p);
+  const int64_t slots =
+      static_cast<int64_t>(device_properties().num_sms) *
+      with_head_dim(p.head_dim, [&](auto kernels) { return kernels.blocks_per_sm(p.dtype); });
+  const int64_t most = (p.max_len + kUnit * kAttnWarps - 1) / (kUnit * kAttnWarps);
+  const auto use = [&](int64_t splits) {
+    const int64_t blocks = tiles * splits, waves = (blocks + slots - 1) / slots;
+    return static_cast<double>(blocks) / static_cast<double>(waves * slots);
+  };
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= kMaxSplits && splits <= most; ++splits) {
+    best = use(splits) > best ? use(splits) : best;
+  }
+  p.splits = 1;
+  while (use(p.splits) < best - 0.03) ++p.splits;
+  if (p.splits == 1) return 0;
+  return tiles * p.splits * kRows * (p.head_dim + 2);
+}
+
+void use_workspace(DecodeAttentionParams& p, float* workspace) {
+  p.partial_out = workspace;
+  p.partial_stat =
+      reinterpret_cast<float2*>(workspace + tile_count(p) * p.splits * kRows * p.head_dim);
+}
+
+void launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
+  with_head_dim(p.head_dim, [&](auto kernels) { kernels.launch(p, stream); });
+}
+
+}  // namespace torchtune_fused

@@ -1,0 +1,3 @@
+#include "attention/decode_attention.cuh"
+
+template struct torchtune_fused::DecodeAttention<64>;

@@ -1,0 +1,67 @@
+// Pairs of 16-bit floats packed in 32 bits, and 16-byte vectors of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace torchtune_fused {
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t packed) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t packed) {
+  return __half22float2(reinterpret_cast<const __half2&>(packed));
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float sum_of_squares(uint4 v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = unpack<T>(words[i]);
+    sum = fmaf(f.x, f.x, fmaf(f.y, f.y, sum));
+  }
+  return sum;
+}
+
+// v * scale * weight, elementwise in fp32 and rounded once.
+template <typename T>
+__device__ __forceinline__ uint4 scale_by(uint4 v, float scale, uint4 weight) {
+  const auto one = [scale](uint32_t value, uint32_t w) {
+    const float2 f = unpack<T>(value), g = unpack<T>(w);
+    return pack<T>(f.x * scale * g.x, f.y * scale * g.y);
+  };
+  return {one(v.x, weight.x), one(v.y, weight.y), one(v.z, weight.z), one(v.w, weight.w)};
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+}  // namespace torchtune_fused

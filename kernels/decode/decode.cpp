@@ -1,0 +1,212 @@
+// The ops of one decoding step: checks on the tensors, and the launches.
+#include "decode/decode.h"
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/torch_utils.h"
+
+namespace torchtune_fused {
+namespace {
+
+const void* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+// Same device and dtype as x, contiguous, of the shape, and aligned for 16-byte loads.
+void check_like(const Tensor& t, const char* name, const Tensor& x,
+                std::initializer_list<int64_t> shape) {
+  check_device(t, name, x);
+  check_dtype(t, name, x.scalar_type());
+  check_shape(t, name, shape);
+  check_contiguous(t, name);
+  TTF_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
+            " must start at a multiple of 16 bytes; pass ", name, ".clone()");
+}
+
+void check_like(const std::optional<Tensor>& t, const char* name, const Tensor& x,
+                std::initializer_list<int64_t> shape) {
+  if (t) check_like(*t, name, x, shape);
+}
+
+// x [..., k] as the tokens of a linear; `scratch` lives as long as the launch needs it.
+TokensParams tokens_of(const Tensor& x, const std::optional<Tensor>& norm_weight, double eps,
+                       Tensor& scratch) {
+  TokensParams p = {};
+  p.dtype = half_dtype(x, "x");
+  TTF_CHECK(x.dim() >= 1, "x must have at least one dimension, got a scalar");
+  const int64_t k = x.size(x.dim() - 1);
+  TTF_CHECK(k > 0 && k % 8 == 0, "the last dimension of x must be a multiple of 8, got ", k);
+  const int64_t tokens = x.numel() / k;
+  TTF_CHECK(tokens <= kMaxTokens, "decoding takes at most ", kMaxTokens, " tokens a step, got ",
+            tokens, " (x of shape ", shape_string(x), ")");
+  check_contiguous(x, "x");
+  TTF_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+            "x must start at a multiple of 16 bytes; pass x.clone()");
+  check_like(norm_weight, "norm_weight", x, {k});
+  p.x = x.const_data_ptr();
+  p.norm_weight = data_or_null(norm_weight);
+  p.eps = static_cast<float>(eps);
+  p.tokens = static_cast<int>(tokens);
+  p.k = static_cast<int>(k);
+  if (tokens_need_scratch(p)) {
+    scratch = torch::stable::empty_like(x);
+    p.scratch = scratch.mutable_data_ptr();
+  }
+  return p;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  return shape;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  raise("activation must be silu, gelu_tanh, gelu or relu, got ", name);
+}
+
+}  // namespace
+
+Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& residual,
+                     const std::optional<Tensor>& norm_weight, double eps, bool fp32_out) {
+  const LaunchContext context(x);
+  Tensor scratch = x;
+  DecodeLinearParams p = {};
+  p.in = tokens_of(x, norm_weight, eps, scratch);
+  check_like(weight, "weight", x, {-1, p.in.k});
+  p.n = weight.size(0);
+  check_like(bias, "bias", x, {p.n});
+  const std::vector<int64_t> shape = with_last(x, p.n);
+  if (residual) {
+    check_device(*residual, "residual", x);
+    check_dtype(*residual, "residual", x.scalar_type());
+    check_contiguous(*residual, "residual");
+    TTF_CHECK(residual->numel() == p.in.tokens * p.n && residual->size(residual->dim() - 1) == p.n,
+              "residual must have the shape of the output, ", p.in.tokens, " tokens of ", p.n,
+              ", got ", shape_string(*residual));
+  }
+  Tensor out = fp32_out ? torch::stable::new_empty(x, shape, ScalarType::Float)
+                        : torch::stable::new_empty(x, shape);
+  p.weight = weight.const_data_ptr();
+  p.bias = data_or_null(bias);
+  p.residual = data_or_null(residual);
+  p.out = out.mutable_data_ptr();
+  p.fp32_out = fp32_out;
+  if (out.numel()) launch_decode_linear(p, context.stream());
+  return out;
+}
+
+Tensor decode_gated(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
+                    const std::optional<Tensor>& b_gate, const std::optional<Tensor>& b_up,
+                    const std::optional<Tensor>& norm_weight, double eps, std::string activation) {
+  const LaunchContext context(x);
+  Tensor scratch = x;
+  DecodeGatedParams p = {};
+  p.in = tokens_of(x, norm_weight, eps, scratch);
+  p.activation = activation_of(activation);
+  check_like(w_gate, "w_gate", x, {-1, p.in.k});
+  p.n = w_gate.size(0);
+  check_like(w_up, "w_up", x, {p.n, p.in.k});
+  check_like(b_gate, "b_gate", x, {p.n});
+  check_like(b_up, "b_up", x, {p.n});
+  Tensor out = torch::stable::new_empty(x, with_last(x, p.n));
+  p.gate = w_gate.const_data_ptr();
+  p.up = w_up.const_data_ptr();
+  p.b_gate = data_or_null(b_gate);
+  p.b_up = data_or_null(b_up);
+  p.out = out.mutable_data_ptr();
+  if (out.numel()) launch_decode_gated(p, context.stream());
+  return out;
+}
+
+Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Tensor& wv,
+                  const std::optional<Tensor>& bq, const std::optional<Tensor>& bk,
+                  const std::optional<Tensor>& bv, const std::optional<Tensor>& norm_weight,
+                  double eps, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                  const std::optional<Tensor>& input_pos, bool interleaved,
+                  const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                  double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                  const Tensor& cache_pos) {
+  const LaunchContext context(x);
+  Tensor scratch = x;
+  DecodeQkvParams p = {};
+  TTF_CHECK(x.dim() == 3, "x must have shape [batch, s, k], got ", shape_string(x));
+  p.in = tokens_of(x, norm_weight, eps, scratch);
+  const int64_t batch = x.size(0), steps = x.size(1);
+  check_like(k_cache, "k_cache", x, {-1, -1, -1, -1});
+  const int64_t rows = k_cache.size(0), kv_heads = k_cache.size(1), head_dim = k_cache.size(3);
+  p.max_len = k_cache.size(2);
+  check_like(v_cache, "v_cache", x, {rows, kv_heads, p.max_len, head_dim});
+  TTF_CHECK(rows >= batch, "k_cache must have at least ", batch, " rows as x has, got ", rows);
+  TTF_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim <= 256,
+            "the head dimension must be a multiple of 16 up to 256, got ", head_dim);
+  check_like(wq, "wq", x, {-1, p.in.k});
+  TTF_CHECK(wq.size(0) % head_dim == 0, "wq must have whole heads of ", head_dim, " rows, got ",
+            wq.size(0));
+  check_like(wk, "wk", x, {kv_heads * head_dim, p.in.k});
+  check_like(wv, "wv", x, {kv_heads * head_dim, p.in.k});
+  check_like(bq, "bq", x, {wq.size(0)});
+  check_like(bk, "bk", x, {kv_heads * head_dim});
+  check_like(bv, "bv", x, {kv_heads * head_dim});
+  check_device(cache_pos, "cache_pos", x);
+  check_dtype(cache_pos, "cache_pos", ScalarType::Long);
+  TTF_CHECK(cache_pos.numel() >= 1, "cache_pos must have at least one element");
+  TTF_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  TTF_CHECK(q_norm.has_value() == k_norm.has_value(), "q_norm and k_norm must be given together");
+  check_like(q_norm, "q_norm", x, {head_dim});
+  check_like(k_norm, "k_norm", x, {head_dim});
+  if (cos) {
+    for (const auto& [table, name] : {std::pair(&*cos, "cos"), std::pair(&*sin, "sin")}) {
+      check_device(*table, name, x);
+      check_dtype(*table, name, ScalarType::Float);
+      check_shape(*table, name, {-1, head_dim / 2});
+    }
+    p.rope.cos = static_cast<const float*>(cos->const_data_ptr());
+    p.rope.sin = static_cast<const float*>(sin->const_data_ptr());
+    for (int i = 0; i < 2; ++i) {
+      p.rope.cos_stride[i] = cos->stride(i);
+      p.rope.sin_stride[i] = sin->stride(i);
+    }
+  }
+  if (input_pos) {
+    check_device(*input_pos, "input_pos", x);
+    check_dtype(*input_pos, "input_pos", ScalarType::Long);
+    check_contiguous(*input_pos, "input_pos");
+    TTF_CHECK(input_pos->numel() == steps || input_pos->numel() == batch * steps,
+              "input_pos must have ", steps, " or ", batch * steps, " elements, got ",
+              input_pos->numel());
+    p.rope.input_pos = static_cast<const int64_t*>(input_pos->const_data_ptr());
+    p.rope.input_pos_batched = input_pos->numel() == batch * steps;
+  }
+  p.rope.interleaved = interleaved;
+  p.heads = static_cast<int>(wq.size(0) / head_dim);
+  p.kv_heads = static_cast<int>(kv_heads);
+  p.head_dim = static_cast<int>(head_dim);
+  p.steps = static_cast<int>(steps);
+  p.wq = wq.const_data_ptr();
+  p.wk = wk.const_data_ptr();
+  p.wv = wv.const_data_ptr();
+  p.bq = data_or_null(bq);
+  p.bk = data_or_null(bk);
+  p.bv = data_or_null(bv);
+  p.q_norm = data_or_null(q_norm);
+  p.k_norm = data_or_null(k_norm);
+  p.head_eps = static_cast<float>(head_eps);
+  p.norm_before_rope = norm_before_rope;
+  p.cache_pos = static_cast<const int64_t*>(cache_pos.const_data_ptr());
+  Tensor q = torch::stable::new_empty(x, {batch, steps, p.heads, head_dim});
+  p.q = q.mutable_data_ptr();
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  if (p.in.tokens) launch_decode_qkv(p, context.stream());
+  return q;
+}
+
+}  // namespace torchtune_fused

@@ -1,0 +1,286 @@
+// Weight-streaming linear for 1 to 16 tokens: the floor is the bytes of the weights.
+//
+// Grid: at most one block per SM, block b takes tiles b, b + gridDim, ... Block: 8 warps.
+// Tile: 8 pairs of weight rows, all of k. What a pair is, the Job says: rows 2i and 2i + 1, gate
+// and up, or the two rows that RoPE rotates together. Both sums of a pair meet in one thread.
+// The 8 warps split k: warp w takes the chunks of 64 with index w mod 8. Each warp streams its
+// chunks (16 rows x 128 bytes) through a ring of its own in shared memory, kStages deep, with no
+// barrier but its own. The ring runs on across tiles, so memory never waits for an epilogue, and
+// its first filling comes before the wait for the grid ahead.
+//
+// Tensor cores: weights are A (16 rows: the a rows of the 8 pairs, then the b rows), tokens are B
+// (8 columns, once or twice). Any order of k serves, if A and B agree: a lane takes 16 contiguous
+// bytes (8 k) of its row, and uses them as the fragments of two mma steps.
+// Shared memory: rows are 128 bytes; the two halves of odd rows are swapped, so that two rows read
+// side by side never meet in a bank.
+#pragma once
+
+#include "common/launch.h"
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "decode/decode.h"
+
+namespace torchtune_fused {
+
+constexpr int kWarps = 8;
+constexpr int kLinearThreads = 32 * kWarps;
+constexpr int kPairs = 8;               // pairs of rows in a tile
+constexpr int kChunk = 64;              // k in one chunk
+constexpr int kChunkBytes = 2 * kChunk; // of one row
+constexpr int kStageBytes = 2 * kPairs * kChunkBytes;
+constexpr int kStages = 4;
+
+constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+constexpr int kReduceBytes = 2 * kWarps * 32 * 16;  // per 8 tokens: two buffers of every warp's sums
+// A row of tokens in shared memory: whole chunks.
+__host__ __device__ constexpr int padded_k(int k) { return (k + kChunk - 1) / kChunk * kChunk; }
+
+// Where 16-byte piece `piece` (0..7) of a chunk of row `row` lies within the row's 128 bytes.
+__device__ __forceinline__ uint32_t swizzle(int row, int piece) {
+  return static_cast<uint32_t>(piece ^ ((row & 1) << 2)) * 16;
+}
+
+// Copies the tokens to shared memory as x_shared[token][padded_k], normalised if asked for.
+// Called by all threads, which leave it with the tokens visible to each other.
+template <typename T>
+__device__ void stage_tokens(const TokensParams& p, uint32_t x_shared, uint32_t norm_shared,
+                             float* partial) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warps_per_token = p.tokens == 1 ? 8 : p.tokens == 2 ? 4 : p.tokens <= 4 ? 2 : 1;
+  const int first_token = warp / warps_per_token;
+  const int token_step = kWarps / warps_per_token;
+  const int first_piece = warp % warps_per_token * 32 + lane;
+  const int piece_step = warps_per_token * 32;
+  const int pieces = padded_k(p.k) / 8;
+  const auto address = [&](int token, int piece) {
+    return x_shared + token * padded_k(p.k) * 2 + piece / 8 * kChunkBytes +
+           swizzle(token, piece % 8);
+  };
+
+  for (int token = first_token; token < p.tokens; token += token_step) {
+    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k;
+    float sum = 0.f;
+#pragma unroll 4
+    for (int piece = first_piece; piece < pieces; piece += piece_step) {
+      uint4 v = {0, 0, 0, 0};
+      if (piece * 8 < p.k) v = __ldcg(reinterpret_cast<const uint4*>(x) + piece);
+      store_shared_16(address(token, piece), v);
+      sum += sum_of_squares<T>(v);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) partial[token * kWarps + warp % warps_per_token] = sum;
+  }
+  __syncthreads();
+  if (p.norm_weight == nullptr) return;
+
+  for (int token = first_token; token < p.tokens; token += token_step) {
+    float sum = 0.f;
+    for (int i = 0; i < warps_per_token; ++i) sum += partial[token * kWarps + i];
+    const float scale = rsqrtf(sum / p.k + p.eps);
+    for (int piece = first_piece; piece < pieces; piece += piece_step) {
+      const uint4 v = load_shared_16(address(token, piece));
+      const uint4 weight = load_shared_16(norm_shared + piece * 16);
+      store_shared_16(address(token, piece), scale_by<T>(v, scale, weight));
+    }
+  }
+  __syncthreads();
+}
+
+// A Job has:
+//   int tiles() const;
+//   const T* row(int tile, int pair, int side) const;     null where there is no such row
+//   Operands load(int tile, int pair, int token) const;   what the epilogue needs, fetched ahead
+//   void store(int tile, int pair, int token, float a, float b, const Operands&) const;
+template <typename T, typename Job, int kTokenTiles, bool kResident>
+__global__ void __launch_bounds__(kLinearThreads)
+    stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job,
+                         int prefetch_k) {
+  launch_dependents();
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ float partial[kMaxTokens * kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t ring = shared_address(shared) + warp * kStages * kStageBytes;
+  float4* reduce = reinterpret_cast<float4*>(shared + kRingBytes);
+  const uint32_t x_shared = shared_address(shared) + kRingBytes + kReduceBytes * kTokenTiles;
+  const uint32_t norm_shared = x_shared + p.tokens * padded_k(p.k) * 2;
+
+  const int tiles = job.tiles();
+  const int chunks = padded_k(p.k) / kChunk;
+
+  // The producer: a lane brings pieces `lane % 8` of rows lane / 8 + {0, 4, 8, 12}.
+  int load_tile = blockIdx.x, load_chunk = warp;
+  const T* rows[4];
+  const auto find_rows = [&] {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 8 + 4 * i;
+      rows[i] = load_tile < tiles ? job.row(load_tile, row % kPairs, row / kPairs) : nullptr;
+    }
+  };
+  const auto load_stage = [&](int stage) {
+    if (load_tile < tiles) {
+      const int k = load_chunk * kChunk + lane % 8 * 8;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 8 + 4 * i;
+        const bool valid = rows[i] != nullptr && k < p.k;
+        copy_async_16(ring + stage * kStageBytes + row * kChunkBytes + swizzle(row, lane % 8),
+                      valid ? rows[i] + k : static_cast<const T*>(p.x), valid);
+      }
+      load_chunk += kWarps;
+      if (load_chunk >= chunks) {
+        load_chunk = warp;
+        load_tile += gridDim.x;
+        find_rows();
+      }
+    }
+    copy_async_commit();  // an empty group too, so that waiting counts stay the same
+  };
+
+  // Before the grid ahead ends: the norm's weights, the first stages, and a hint for what follows.
+  if (kResident && p.norm_weight != nullptr) {
+    for (int piece = threadIdx.x; piece < padded_k(p.k) / 8; piece += kLinearThreads) {
+      const bool valid = piece * 8 < p.k;
+      copy_async_16(norm_shared + piece * 16,
+                    static_cast<const T*>(p.norm_weight) + (valid ? piece * 8 : 0), valid);
+    }
+  }
+  if (load_chunk >= chunks) load_tile = tiles;  // k is short: this warp has no chunk of any tile
+  find_rows();
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) load_stage(stage);
+  if (warp == kWarps - 1 && lane < 2 * kPairs) {
+    int k = kStages * kWarps * kChunk;  // so much of each row the rings hold
+    for (int tile = blockIdx.x; tile < tiles && prefetch_k > 0; tile += gridDim.x, k -= p.k) {
+      if (k >= p.k) continue;
+      const int first = k > 0 ? k : 0, count = min(p.k - first, prefetch_k) / 8 * 8;
+      const T* row = job.row(tile, lane % kPairs, lane / kPairs);
+      if (row != nullptr && count > 0) prefetch_l2(row + first, count * 2);
+      prefetch_k -= p.k - first;
+    }
+  }
+
+  wait_for_grid();
+  if constexpr (kResident) {
+    copy_async_wait<kStages - 1>();  // the norm's weights came with the first group
+    stage_tokens<T>(p, x_shared, norm_shared, partial);
+  }
+
+  const int group = lane / 4, quad = lane % 4;  // the row and the column pair of an mma fragment
+  const uint32_t fragment = group * kChunkBytes + swizzle(group, quad);
+  const int out_pair = threadIdx.x / 8 % kPairs;  // what this thread stores, if anything
+  const int out_token = threadIdx.x / 64 * 8 + threadIdx.x / 2 % 4 * 2 + threadIdx.x % 2;
+  const bool stores = threadIdx.x < kTokenTiles * 64 && out_token < p.tokens;
+  int stage = 0, buffer = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    typename Job::Operands operands = {};
+    if (stores) operands = job.load(tile, out_pair, out_token);
+    float sums[kTokenTiles][4] = {};
+    for (int chunk = warp; chunk < chunks; chunk += kWarps) {
+      uint4 x[kTokenTiles][2];
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const int token = 8 * t + group;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          x[t][half] = {0, 0, 0, 0};
+          if constexpr (kResident) {
+            if (token < p.tokens) {
+              x[t][half] = load_shared_16(x_shared + token * padded_k(p.k) * 2 +
+                                          chunk * kChunkBytes + (swizzle(group, quad) ^ half * 64));
+            }
+          } else {
+            const int k = chunk * kChunk + half * 32 + quad * 8;
+            if (token < p.tokens && k < p.k) {
+              x[t][half] = *reinterpret_cast<const uint4*>(
+                  static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k + k);
+            }
+          }
+        }
+      }
+      copy_async_wait<kStages - 1>();
+      __syncwarp();
+      uint4 a[2], b[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t address = ring + stage * kStageBytes + (fragment ^ half * 64);
+        a[half] = load_shared_16(address);
+        b[half] = load_shared_16(address + kPairs * kChunkBytes);
+      }
+      __syncwarp();  // all lanes have read the stage: it may be filled again
+      load_stage(stage);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) {
+          mma_16x8x16<T>(sums[t], a[half].x, b[half].x, a[half].y, b[half].y, x[t][half].x,
+                         x[t][half].y);
+          mma_16x8x16<T>(sums[t], a[half].z, b[half].z, a[half].w, b[half].w, x[t][half].z,
+                         x[t][half].w);
+        }
+      }
+    }
+
+    // Add up the warps' sums. Two buffers in turn: one barrier per tile is enough, because the
+    // barrier of the next tile comes after this tile's reads and before the buffer's next use.
+    float4* mine = reduce + buffer * kWarps * kTokenTiles * 32;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      mine[(warp * kTokenTiles + t) * 32 + lane] = {sums[t][0], sums[t][1], sums[t][2], sums[t][3]};
+    }
+    __syncthreads();
+    if (stores) {
+      const float* value =
+          reinterpret_cast<const float*>(mine) + threadIdx.x / 2 * 4 + threadIdx.x % 2;
+      float a = 0.f, b = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        a += value[w * kTokenTiles * 128];
+        b += value[w * kTokenTiles * 128 + 2];
+      }
+      job.store(tile, out_pair, out_token, a, b, operands);
+    }
+    buffer ^= 1;
+  }
+  copy_async_wait<0>();
+}
+
+// ---- Host ---------------------------------------------------------------------------------------
+
+inline int shared_bytes(const TokensParams& in, bool resident) {
+  const int tokens = resident ? in.tokens * padded_k(in.k) * 2 : 0;
+  const int norm = resident && in.norm_weight ? padded_k(in.k) * 2 : 0;
+  return kRingBytes + kReduceBytes * (in.tokens <= 8 ? 1 : 2) + tokens + norm;
+}
+
+// Whether a block keeps the tokens in shared memory. On 9.0 two blocks must fit into an SM, or no
+// kernel could start while the one ahead of it runs.
+inline bool tokens_are_resident(const TokensParams& in) {
+  const DeviceProperties& device = device_properties();
+  const int budget = device.arch == 90 ? 112 * 1024 : device.max_shared_per_block - 1024;
+  return shared_bytes(in, true) <= budget;
+}
+
+template <typename T, typename Job>
+void launch_stream_linear(TokensParams in, const Job& job, int tiles, cudaStream_t stream) {
+  const bool resident = tokens_are_resident(in);
+  if (!resident && in.norm_weight) {
+    launch_normalize_tokens(in, stream);
+    in.x = in.scratch;
+    in.norm_weight = nullptr;
+  }
+  const bool one = in.tokens <= 8;
+  const auto kernel = resident ? one ? stream_linear_kernel<T, Job, 1, true>
+                                     : stream_linear_kernel<T, Job, 2, true>
+                      : one    ? stream_linear_kernel<T, Job, 1, false>
+                               : stream_linear_kernel<T, Job, 2, false>;
+  const int bytes = shared_bytes(in, resident);
+  const int blocks = tiles < device_properties().num_sms ? tiles : device_properties().num_sms;
+  constexpr int kPrefetchBytes = 64 * 1024;  // of L2, by each block, beyond its rings
+  allow_shared_memory(kernel, bytes);
+  launch_chained(kernel, blocks, kLinearThreads, bytes, stream, in, job,
+                 kPrefetchBytes / (2 * kPairs * 2));
+}
+
+}  // namespace torchtune_fused
