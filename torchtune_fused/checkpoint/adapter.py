@@ -94,7 +94,7 @@ class WeightAdapter:
 def _rename(name: str, table: Mapping[str, str]) -> str | None:
     layer = _LAYER.search(name)
     if layer is None:
-        return table.get(name)
+        return None if "{" in name else table.get(name)
     pattern = table.get(name[: layer.start()] + "{layer}" + name[layer.end() :])
     return pattern and pattern.format(layer=layer.group())
 

@@ -24,8 +24,6 @@ from torchtune_fused.models.rope import init_rope
 from torchtune_fused.shard.decoder import ShardTransformerDecoder
 from torchtune_fused.shard.shard import Shard
 
-_MAX_FILE_SIZE = "5GB"
-
 
 def load_pretrained(
     path_or_repo_id: str | Path,
@@ -52,7 +50,7 @@ def load_pretrained(
     return model.eval()
 
 
-def save_pretrained(model: ShardTransformerDecoder, folder: Path) -> None:
+def save_pretrained(model: ShardTransformerDecoder, folder: Path, max_shard_size: str) -> None:
     """See :meth:`~torchtune_fused.shard.ShardTransformerDecoder.save_pretrained`."""
     config = model.config
     if config is None:
@@ -70,7 +68,7 @@ def save_pretrained(model: ShardTransformerDecoder, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        _write_weights(Path(staging), adapter, weights, names)
+        _write_weights(Path(staging), adapter, weights, names, max_shard_size)
         _write_json(Path(staging, "config.json"), _hf_config(config, weights))
         _copy_side_files(config.folder, Path(staging))
         _publish(Path(staging), folder)
@@ -81,12 +79,13 @@ def _write_weights(
     adapter: WeightAdapter,
     weights: Mapping[str, torch.Tensor],
     names: Mapping[str, str],
+    max_shard_size: str,
 ) -> None:
     ours = {theirs: name for name, theirs in names.items()}
     # Only sizes matter for the split; tensors are converted one file at a time.
     plan = split_torch_state_dict_into_shards(
         {theirs: weights[name].to("meta") for theirs, name in ours.items()},
-        max_shard_size=_MAX_FILE_SIZE,
+        max_shard_size=max_shard_size,
     )
     for file, tensors in plan.filename_to_tensors.items():
         save_file(

@@ -48,11 +48,13 @@ def build_decoder(
         :func:`~torchtune_fused.models.rope.init_rope` if it was built on the meta device.
 
     Raises:
-        ValueError: If the shard is not one of this model.
+        ValueError: If the shard is not one of this model, or ``max_seq_len`` is not positive.
     """
     shard = shard or Shard.whole(config.model_id, config.num_layers)
     shard = shard.of(config.num_layers)
-    max_seq_len = max_seq_len or config.max_seq_len
+    max_seq_len = config.max_seq_len if max_seq_len is None else max_seq_len
+    if max_seq_len < 1:
+        raise ValueError(f"max_seq_len is {max_seq_len}, expected at least 1")
     rope = build_rope(config, max_seq_len)
     norm = partial(RMSNorm, config.embed_dim, eps=config.norm_eps)
     first, last = shard.is_first_layer(), shard.is_last_layer()

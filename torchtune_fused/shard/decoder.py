@@ -164,21 +164,22 @@ class ShardTransformerDecoder(TransformerDecoder):
             max_seq_len=max_seq_len,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
         """Write the whole model to a folder that transformers, and we, can load.
 
-        Weights go to safetensors files of at most 5 GB under their names in transformers; the
-        config and the tokenizer's files come along. Files are replaced only once all are written.
+        Weights go to safetensors files under their names in transformers; the config and the
+        tokenizer's files come along. Files are replaced only once all are written.
 
         Args:
             folder (str | Path): Where to; made if it is not there.
+            max_shard_size (str): Largest size of one file of weights.
 
         Raises:
             ValueError: If this shard is only a part of a model, or it was not built from a config.
         """
         from torchtune_fused.checkpoint.pretrained import save_pretrained
 
-        save_pretrained(self, Path(folder))
+        save_pretrained(self, Path(folder), max_shard_size)
 
     def forward(
         self,
