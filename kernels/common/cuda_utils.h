@@ -11,9 +11,9 @@
 
 // Throws std::runtime_error (RuntimeError in Python) with the text built from the rest of the
 // arguments: one line that says what was expected, what came, and what to do.
-#define TTF_CHECK(condition, ...)                              \
-  do {                                                         \
-    if (!(condition)) ::torchtune_fused::raise(__VA_ARGS__);   \
+#define TTF_CHECK(condition, ...)                            \
+  do {                                                       \
+    if (!(condition)) ::torchtune_fused::raise(__VA_ARGS__); \
   } while (false)
 
 // For every runtime call, and as TTF_CUDA_CHECK(cudaGetLastError()) after every <<<>>> launch.
@@ -41,7 +41,7 @@ enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 // What the dispatch code must know of the GPU that a launch goes to.
 struct DeviceProperties {
-  int arch;                  // major * 10 + minor of the code path to take: 80, 86, 89, 90, ...
+  int arch;  // major * 10 + minor of the code path to take: 80, 86, 89, 90, ...
   int num_sms;
   int max_shared_per_block;  // bytes, with the opt-in of cudaFuncSetAttribute
 };

@@ -60,7 +60,8 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) 
 }
 
 // The shape, where -1 stands for any size.
-inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+inline void check_shape(const Tensor& t, const char* name,
+                        std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
   std::ostringstream text;
   text << "[";
