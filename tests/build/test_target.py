@@ -36,9 +36,10 @@ def test_parse_refuses_what_the_kernels_do_not_support():
 
 
 def test_machine_code_and_ptx_are_asked_for():
-    flags = Target.parse("8.0+PTX;9.0").nvcc_flags(Path("norm/rms_norm.cu"))
+    flags = Target.parse("8.0+PTX;8.6;9.0").nvcc_flags(Path("norm/rms_norm.cu"))
     assert [flag for flag in flags if flag.startswith("-gencode")] == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_80,code=compute_80",
     ]
