@@ -11,16 +11,20 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     Subclasses (LoRA, quantised or parametrised layers), hooks, a ``forward`` put on the instance
     and tensor subclasses (DTensor, torchao) are not plain: such a module has to be called.
     """
-    return (
-        type(module) is cls
-        and "forward" not in module.__dict__
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
-        and not _has_any_global_hook()
-        and all(p is None or is_plain_tensor(p) for p in module._parameters.values())
-    )
+    if (
+        type(module) is not cls
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    ):
+        return False
+    for parameter in module._parameters.values():
+        if type(parameter) is not nn.Parameter and parameter is not None:
+            return False
+    return True
 
 
 def is_plain_tensor(x: Tensor) -> bool:

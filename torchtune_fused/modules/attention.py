@@ -107,7 +107,8 @@ class FusedAttention(MultiHeadAttention):
         input_pos: Tensor | None,
     ) -> Tensor:
         """A projection ``[b, s, h * d]`` as heads ``[b, h, s, d]``, normalised and rotated."""
-        x = x.unflatten(-1, (-1, self.head_dim))
+        b, s, _ = x.shape
+        x = x.view(b, s, -1, self.head_dim)
         if norm is not None and self.norm_before_rope:
             x = norm(x)
         if rotate is not None:
@@ -118,7 +119,8 @@ class FusedAttention(MultiHeadAttention):
         return x
 
     def _merge_heads(self, x: Tensor) -> Tensor:
-        return self.output_proj(x.transpose(1, 2).flatten(2))
+        b, h, s, d = x.shape
+        return self.output_proj(x.transpose(1, 2).reshape(b, s, h * d))
 
     def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         """Whether the ops for the KV cache apply: not to gradients, dropout or a cache unknown."""

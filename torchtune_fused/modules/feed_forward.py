@@ -18,17 +18,18 @@ def activation_name(activation: nn.Module) -> str | None:
     return _GELUS[activation.approximate] if cls is nn.GELU else _ACTIVATIONS.get(cls)
 
 
-def can_fuse(x: Tensor, *linears: nn.Module) -> bool:
-    """Whether reading the weights of ``linears`` comes to the same as calling them on ``x``."""
-    return (
-        all(is_plain(linear, nn.Linear) for linear in linears)
+def fuse(
+    x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str
+) -> Tensor | None:
+    """`gated_mlp` of three linear layers, None if it wouldn't be the same as calling them."""
+    if not (
+        is_plain(gate, nn.Linear)
+        and is_plain(up, nn.Linear)
+        and is_plain(down, nn.Linear)
         and is_plain_tensor(x)
         and not in_autocast(x)
-    )
-
-
-def fuse(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: str) -> Tensor:
-    """`gated_mlp` with the weights and biases of three linear layers."""
+    ):
+        return None
     weights = (gate.weight, up.weight, down.weight)
     return gated_mlp(x, *weights, gate.bias, up.bias, down.bias, activation=activation)
 
@@ -55,6 +56,5 @@ class FusedFeedForward(FeedForward):
             Tensor: shape ``[..., out_dim]``, dtype of ``x``.
         """
         activation = activation_name(self.activation)
-        if activation is None or not can_fuse(x, self.w1, self.w3, self.w2):
-            return super().forward(x)
-        return fuse(x, self.w1, self.w3, self.w2, activation)
+        out = None if activation is None else fuse(x, self.w1, self.w3, self.w2, activation)
+        return super().forward(x) if out is None else out

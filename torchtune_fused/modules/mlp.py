@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from torchtune_fused.modules.feed_forward import can_fuse, fuse
+from torchtune_fused.modules.feed_forward import fuse
 from torchtune_fused.ops.gated_mlp import ACTIVATIONS
 
 
@@ -41,10 +41,11 @@ class MultiLayerPerceptron(nn.Module):
         Returns:
             Tensor: shape and dtype of ``x``.
         """
-        if can_fuse(x, self.gate_proj, self.up_proj, self.down_proj):
-            return fuse(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
-        activation, _ = ACTIVATIONS[self.activation]
-        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        out = fuse(x, self.gate_proj, self.up_proj, self.down_proj, self.activation)
+        if out is None:
+            activation, _ = ACTIVATIONS[self.activation]
+            out = self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 #: The name by which the module was first proposed.

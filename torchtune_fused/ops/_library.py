@@ -30,6 +30,18 @@ def define_op(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def call(op: torch._ops.OpOverload, *args):
+    """Runs a differentiable op; straight, when no gradient is wanted.
+
+    Autograd formulas written in Python cost a detour through Python on every call, which a decoding
+    step would feel.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """``x`` in the precision references compute in: fp32, or fp64 for an fp64 tensor."""
     return x if x.dtype == torch.float64 else x.float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchtune_fused.ops._library import (
     LIBRARY,
     at_least_fp32,
+    call,
     check_device,
     check_floating,
     check_like,
@@ -65,7 +66,8 @@ def attention(
     window = check_window("attention", window, s_kv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    return torch.ops.torchtune_fused.attention(q, k, v, mask, causal, scale, window)[0]
+    op = torch.ops.torchtune_fused.attention.default
+    return call(op, q, k, v, mask, causal, scale, window)[0]
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchtune_fused.ops._library import (
     LIBRARY,
+    call,
     check_floating,
     check_like,
     check_shape,
@@ -66,22 +67,25 @@ def gated_mlp(
         raise ValueError(
             f"gated_mlp: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
-    dim, (hidden, out) = x.shape[-1], (w_gate.shape[0], w_down.shape[0])
-    for name, tensor, shape in (
-        ("w_gate", w_gate, (hidden, dim)),
-        ("w_up", w_up, (hidden, dim)),
-        ("w_down", w_down, (out, hidden)),
-        ("b_gate", b_gate, (hidden,)),
-        ("b_up", b_up, (hidden,)),
-        ("b_down", b_down, (out,)),
-    ):
-        if tensor is not None:
-            check_shape("gated_mlp", name, tensor, shape)
-            check_like("gated_mlp", name, tensor, "x", x)
+    dim, hidden, out = x.shape[-1], w_gate.shape[0], w_down.shape[0]
+    _check("w_gate", w_gate, x, hidden, dim)
+    _check("w_up", w_up, x, hidden, dim)
+    _check("w_down", w_down, x, out, hidden)
+    if b_gate is not None:
+        _check("b_gate", b_gate, x, hidden)
+    if b_up is not None:
+        _check("b_up", b_up, x, hidden)
+    if b_down is not None:
+        _check("b_down", b_down, x, out)
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     # Without a backward pass to come, the op need not write the projections to memory.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return torch.ops.torchtune_fused.gated_mlp(*tensors, activation, save)[0]
+    return call(torch.ops.torchtune_fused.gated_mlp.default, *tensors, activation, save)[0]
+
+
+def _check(name: str, tensor: Tensor, x: Tensor, *shape: int) -> None:
+    check_shape("gated_mlp", name, tensor, shape)
+    check_like("gated_mlp", name, tensor, "x", x)
 
 
 def fused_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchtune_fused.ops._library import (
     LIBRARY,
     at_least_fp32,
+    call,
     check_device,
     check_floating,
     check_shape,
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     check_floating("rms_norm", "weight", weight)
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
     check_device("rms_norm", "weight", weight, "x", x)
-    return torch.ops.torchtune_fused.rms_norm(x, weight, eps)[0]
+    return call(torch.ops.torchtune_fused.rms_norm.default, x, weight, eps)[0]
 
 
 @define_op("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchtune_fused.ops._library import (
     LIBRARY,
     at_least_fp32,
+    call,
     check_device,
     check_floating,
     check_shape,
@@ -67,7 +68,8 @@ def rope(
                 f"got shape {list(input_pos.shape)}"
             )
         check_device("rope", "input_pos", input_pos, "x", x)
-    return torch.ops.torchtune_fused.rope(x, cos, sin, input_pos, interleaved, False)
+    op = torch.ops.torchtune_fused.rope.default
+    return call(op, x, cos, sin, input_pos, interleaved, False)
 
 
 def _rows(table: Tensor, s: int, input_pos: Tensor | None) -> Tensor:

@@ -1,0 +1,55 @@
+"""Functions of tensors as CUDA graphs: one launch from the host instead of hundreds."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class CapturedCall:
+    """A function that is captured in a CUDA graph and replayed from then on.
+
+    The first call runs the function as it is, which initialises whatever it initialises lazily;
+    the second captures it; all later ones copy their inputs into the graph's and replay it. So the
+    function must do the same launches each time, on memory that stays where it is, without looking
+    at values from the host. On other devices than CUDA every call runs the function.
+
+    Args:
+        function (Callable[..., Tensor]): Takes tensors of fixed shapes or None, returns a tensor.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor | None, ...] = ()
+        self._output: Tensor | None = None
+        self._warm = False
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Call the function.
+
+        Args:
+            *inputs (Tensor | None): As the function takes them, of the shapes of the first call.
+
+        Returns:
+            Tensor: What the function returns. The next call overwrites it.
+        """
+        if not self._warm or not any(x is not None and x.is_cuda for x in inputs):
+            self._warm = True
+            return self._function(*inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        for static, x in zip(self._inputs, inputs, strict=True):
+            if static is not None:
+                static.copy_(x)
+        self._graph.replay()
+        return self._output
+
+    def _capture(self, inputs: tuple[Tensor | None, ...]) -> None:
+        static = tuple(None if x is None else x.clone() for x in inputs)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using CUDA (a data loader pinning memory, say).
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self._function(*static)
+        # Only now: a capture that failed leaves the object as it was.
+        self._graph, self._inputs, self._output = graph, static, output

@@ -1,0 +1,30 @@
+"""The builders for torchtune's own modules."""
+
+from torch import nn
+from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm
+
+from torchtune_fused.modules import FusedAttention, FusedFeedForward, FusedRMSNorm
+from torchtune_fused.modules.feed_forward import activation_name
+from torchtune_fused.surgery.registry import Decline, register_builder
+
+
+@register_builder(MultiHeadAttention)
+def build_attention(module: MultiHeadAttention) -> nn.Module:
+    """Attention of any kind; its rotary embeddings run as part of it."""
+    return FusedAttention.from_stock(module)
+
+
+@register_builder(FeedForward)
+def build_feed_forward(module: FeedForward) -> nn.Module | Decline:
+    """Gated feed-forwards with an activation that the op knows."""
+    if module.w3 is None:
+        return Decline("it has no up projection, and only gated feed-forwards are fused")
+    if activation_name(module.activation) is None:
+        return Decline(f"its activation is {module.activation}, not a plain SiLU, GELU or ReLU")
+    return FusedFeedForward.from_stock(module)
+
+
+@register_builder(RMSNorm)
+def build_rms_norm(module: RMSNorm) -> nn.Module:
+    """Every RMSNorm, those of queries and keys included."""
+    return FusedRMSNorm.from_stock(module)
