@@ -12,30 +12,44 @@ from torchtune.modules import RotaryPositionalEmbeddings
 from torchtune_fused.modules._plain import is_plain
 from torchtune_fused.ops import rope
 
-# A cache [max_seq_len, d / 2, 2] of (cos, sin), which rotates neighbouring channels.
-_INTERLEAVED = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
-# A cache [max_seq_len, 2 * d] of cos, cos, sin, sin, which rotates a channel with one d / 2 away.
-_HALVES = (Qwen2RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings)
+# Whether a class of torchtune's rotates neighbouring channels, by a cache [max_seq_len, d / 2, 2] of
+# (cos, sin), or each channel with one d / 2 away, by a cache [max_seq_len, 2 * d] of cos, cos, sin,
+# sin.
+_STYLES = {
+    RotaryPositionalEmbeddings: True,
+    Llama3ScaledRoPE: True,
+    Qwen2RotaryPositionalEmbeddings: False,
+    Phi3RotaryPositionalEmbeddings: False,
+}
 
 
-def rotation(module: nn.Module) -> Callable[..., Tensor]:
-    """What to call, as ``f(x, input_pos=...)``, to rotate the queries or keys of a layer.
+def rope_tables(module: nn.Module | None) -> tuple[Tensor, Tensor, bool] | None:
+    """The arguments of the op that stand for a module of rotary embeddings.
 
     Args:
-        module (nn.Module): the layer's ``pos_embeddings``.
+        module (nn.Module | None): a layer's ``pos_embeddings``.
 
     Returns:
-        Callable[..., Tensor]: the fused op on views of the module's cache if the module is one of
-        torchtune's, else the module itself.
+        tuple[Tensor, Tensor, bool] | None: cosines and sines ``[max_seq_len, d / 2]``, views of the
+        module's cache, and whether pairs are interleaved. None if the module is not one of
+        torchtune's, or calling it does more than rotate.
     """
     cls = type(module)
     # Llama3ScaledRoPE has no cache before it is initialised off the meta device, and says so.
-    if not is_plain(module, cls) or "cache" not in module._buffers:
-        return module
-    if cls in _INTERLEAVED:
+    if cls not in _STYLES or not is_plain(module, cls) or "cache" not in module._buffers:
+        return None
+    interleaved = _STYLES[cls]
+    if interleaved:
         cos, sin = module.cache.unbind(-1)
-        return partial(rope, cos=cos, sin=sin, interleaved=True)
-    if cls in _HALVES:
+    else:
         cos, _, sin, _ = module.cache.chunk(4, dim=-1)
-        return partial(rope, cos=cos, sin=sin, interleaved=False)
-    return module
+    return cos, sin, interleaved
+
+
+def rotation(module: nn.Module) -> Callable[..., Tensor]:
+    """What to call as ``f(x, input_pos=...)`` to rotate queries or keys: the op, or ``module``."""
+    tables = rope_tables(module)
+    if tables is None:
+        return module
+    cos, sin, interleaved = tables
+    return partial(rope, cos=cos, sin=sin, interleaved=interleaved)
