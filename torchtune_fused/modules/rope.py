@@ -12,9 +12,8 @@ from torchtune.modules import RotaryPositionalEmbeddings
 from torchtune_fused.modules._plain import is_plain
 from torchtune_fused.ops import rope
 
-# Whether a class of torchtune's rotates neighbouring channels, by a cache [max_seq_len, d / 2, 2] of
-# (cos, sin), or each channel with one d / 2 away, by a cache [max_seq_len, 2 * d] of cos, cos, sin,
-# sin.
+# True: neighbouring channels are rotated, by a cache [max_seq_len, d / 2, 2] of (cos, sin).
+# False: channels d / 2 apart are, by a cache [max_seq_len, 2 * d] of (cos, cos, sin, sin).
 _STYLES = {
     RotaryPositionalEmbeddings: True,
     Llama3ScaledRoPE: True,
