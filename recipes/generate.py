@@ -95,13 +95,15 @@ def read_prompts(cfg: DictConfig) -> list[str] | list[list[dict[str, str]]]:
         raise ValueError(f"{' and '.join(instead)} are set: keep one, set the others to null")
     source = instead[0] if instead else "prompt"
     value = cfg[source]
-    if source == "messages":
-        return [OmegaConf.to_container(value)]
     if source == "prompt":
         value = [value]
     elif source == "prompt_file":
         lines = Path(expand_path(value)).read_text(encoding="utf-8").splitlines()
         value = [line for line in lines if line.strip()]
+    elif not OmegaConf.is_list(value):
+        raise ValueError(f"{source} must be a list, got {value!r}")
+    if source == "messages":
+        return [OmegaConf.to_container(value)]
     if not value or not all(isinstance(text, str) and text for text in value):
         raise ValueError(f"{source} must hold text that is not empty")
     return list(value)
@@ -116,8 +118,8 @@ def tokenize(prompt: str | list[dict[str, str]], tokenizer: Any, cfg: DictConfig
     if cfg.system is not None:
         chat = [{"role": "system", "content": cfg.system}, *chat]
     try:
-        messages = [Message(turn["role"], turn["content"], masked=True) for turn in chat]
-    except (KeyError, TypeError) as error:
+        messages = [Message.from_dict({**turn, "masked": True}) for turn in chat]
+    except (KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"messages must be a list of {{role, content}}: {error!r}") from error
     if not messages or messages[-1].role != "assistant":
         # How torchtune's tokenizers are asked for the header of an answer.

@@ -90,7 +90,13 @@ def find_config(name: str) -> Path:
 
 
 def expand_path(text: str) -> str:
-    """Expand ``~`` and ``$VARIABLES`` in a path of a config."""
+    """Expand ``~`` and ``$VARIABLES`` in a path of a config.
+
+    Raises:
+        ValueError: If it is not text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected a path, got {text!r}")
     return os.path.expanduser(os.path.expandvars(text))
 
 
@@ -109,9 +115,10 @@ def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name = key.removeprefix("~").partition(".")[0]
         if not key.startswith("--") and name not in defaults:
             raise ValueError(f"the config has no {name!r}; it has {', '.join(map(str, defaults))}")
-        if equals and value not in ("null", "None") and _holds_text(defaults, key):
+        if equals and _holds_text(defaults, key):
             # What looks like an interpolation is meant as text as well.
-            taken_out[key] = value.replace("${", "\\${")
+            text = value.replace("${", "\\${")
+            taken_out[key] = None if value in ("null", "None") else text
         elif "=" in value:
             taken_out[key] = OmegaConf.select(OmegaConf.from_dotlist([argument]), key)
         else:

@@ -28,7 +28,7 @@ def generations(model):
 
 
 def run(folder, rank):
-    pipeline = Pipeline.from_pretrained(folder, patch=False)
+    pipeline = Pipeline.from_pretrained(folder)
     tokens = torch.tensor([PROMPTS[2]])
     with torch.no_grad():
         logits = pipeline(tokens)
@@ -41,7 +41,7 @@ def run(folder, rank):
     }
     if logits is not None:
         # In the same process, so that both run on as many threads.
-        whole = ShardTransformerDecoder.from_pretrained(folder, patch=False)
+        whole = ShardTransformerDecoder.from_pretrained(folder)
         with torch.no_grad():
             result["bitwise"] = whole(tokens).equal(logits)
     for bad in ({"max_new_tokens": 500}, {"max_new_tokens": 4, "seed": rank}):
@@ -54,7 +54,7 @@ def run(folder, rank):
 
 def fail(folder, rank):
     try:
-        Pipeline.from_pretrained(folder, patch=False)
+        Pipeline.from_pretrained(folder)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 

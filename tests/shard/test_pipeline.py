@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_model(checkpoint):
-    model = ShardTransformerDecoder.from_pretrained(checkpoint, patch=False)
+    model = ShardTransformerDecoder.from_pretrained(checkpoint)
     return runpy.run_path(str(WORKER))["generations"](model)
 
 
