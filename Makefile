@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev  ## check style
 	$(BIN)/ruff format --check .
 
 kernels: $(VENV)/.installed-dev  ## compile every CUDA kernel for every architecture, and check the compiler's report
-	$(BIN)/torchtune-fused build --check
+	$(BIN)/torchtune-fused build --arch "8.0;8.6;8.9;9.0a" --check
 
 clean:  ## remove the environment and build products
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so

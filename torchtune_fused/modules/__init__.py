@@ -1,6 +1,7 @@
 """Modules on the fused ops: drop-ins for torchtune's, and two that stand alone."""
 
 from torchtune_fused.modules.attention import FusedAttention
+from torchtune_fused.modules.decoder import FusedTransformerDecoder
 from torchtune_fused.modules.feed_forward import FusedFeedForward
 from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
 from torchtune_fused.modules.optimized_attention import OptimizedAttention
@@ -10,6 +11,7 @@ __all__ = [
     "FusedAttention",
     "FusedFeedForward",
     "FusedRMSNorm",
+    "FusedTransformerDecoder",
     "MultiLayerPerceptron",
     "MultiLayerPreceptron",
     "OptimizedAttention",

@@ -160,6 +160,19 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
         return "attn has no enabled KV cache, or is not causal"
     if attn.kv_cache.k_cache.dtype not in dtypes:
         return f"attn has a KV cache of another dtype, {attn.kv_cache.k_cache.dtype}"
+    return _kernel_obstacle(attn, mlp) if attn.kv_cache.k_cache.is_cuda else None
+
+
+def _kernel_obstacle(attn: FusedAttention, mlp: FusedFeedForward) -> str | None:
+    """What the ops take on a CPU, and their kernels don't take on a GPU."""
+    dtype = attn.kv_cache.k_cache.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"attn is {dtype}, and the decoding kernels are for float16 and bfloat16"
+    if attn.head_dim % 16 or attn.head_dim > 256:
+        return f"attn has heads of {attn.head_dim}, not a multiple of 16 up to 256"
+    for linear in (attn.q_proj, attn.output_proj, mlp.w1, mlp.w2):
+        if linear.in_features % 8:
+            return f"has a projection of {linear.in_features} inputs, not a multiple of 8"
     return None
 
 

@@ -5,6 +5,9 @@ Each has a reference in plain PyTorch, a fake for tracing and, where it makes se
 
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
+from torchtune_fused.ops.decode_gated import decode_gated
+from torchtune_fused.ops.decode_linear import decode_linear
+from torchtune_fused.ops.decode_qkv import decode_qkv
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.rms_norm import rms_norm
@@ -13,6 +16,9 @@ from torchtune_fused.ops.rope import rope
 __all__ = [
     "attention",
     "attention_decode",
+    "decode_gated",
+    "decode_linear",
+    "decode_qkv",
     "fused_attention",
     "fused_mlp",
     "gated_mlp",

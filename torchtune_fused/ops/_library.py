@@ -4,10 +4,13 @@ An op has a schema and a reference in plain PyTorch, which serves every device u
 registered for one (``CPU`` here where ATen has a better one, ``CUDA`` by the compiled library).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from torchtune_fused.build import load_kernels
 
 LIBRARY = torch.library.Library("torchtune_fused", "DEF")
 
@@ -24,10 +27,28 @@ def define_op(schema: str) -> Callable[[Callable], Callable]:
 
     def register(reference: Callable) -> Callable:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(schema.partition("(")[0], reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(
+            schema.partition("(")[0], _loading_kernels(reference), "CompositeExplicitAutograd"
+        )
         return reference
 
     return register
+
+
+def _loading_kernels(reference: Callable) -> Callable:
+    """``reference``, which loads the kernels when it first meets a CUDA tensor.
+
+    That one call still runs on the reference; the kernels, once loaded, take its place. Not sooner:
+    asking for the GPU initialises CUDA, which a process that is yet to fork must not do.
+    """
+
+    @functools.wraps(reference)
+    def run(*args):
+        if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+            load_kernels()
+        return reference(*args)
+
+    return run
 
 
 def call(op: torch._ops.OpOverload, *args):

@@ -1,9 +1,14 @@
 """The builders for torchtune's own modules."""
 
 from torch import nn
-from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm
+from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, TransformerDecoder
 
-from torchtune_fused.modules import FusedAttention, FusedFeedForward, FusedRMSNorm
+from torchtune_fused.modules import (
+    FusedAttention,
+    FusedFeedForward,
+    FusedRMSNorm,
+    FusedTransformerDecoder,
+)
 from torchtune_fused.modules.feed_forward import activation_name
 from torchtune_fused.surgery.registry import Decline, register_builder
 
@@ -28,3 +33,9 @@ def build_feed_forward(module: FeedForward) -> nn.Module | Decline:
 def build_rms_norm(module: RMSNorm) -> nn.Module:
     """Every RMSNorm, those of queries and keys included."""
     return FusedRMSNorm.from_stock(module)
+
+
+@register_builder(TransformerDecoder)
+def build_decoder(module: TransformerDecoder) -> nn.Module:
+    """The decoder around them, whose decoding steps become CUDA graphs."""
+    return FusedTransformerDecoder.from_stock(module)

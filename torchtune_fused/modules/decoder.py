@@ -1,0 +1,72 @@
+"""torchtune's TransformerDecoder with captured decoding steps."""
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torchtune.modules import TransformerDecoder
+
+from torchtune_fused.modules._plain import share_state
+from torchtune_fused.modules.step_runner import StepRunner
+
+
+class FusedTransformerDecoder(TransformerDecoder):
+    """Drop-in for :class:`torchtune.modules.TransformerDecoder`: same state dict and results.
+
+    On a GPU, with KV caches and without gradients, calls of up to 16 tokens run as one CUDA graph
+    over the decoding kernels; everything else runs as in torchtune.
+    """
+
+    _runner: StepRunner | None = None
+
+    @classmethod
+    def from_stock(cls, module: TransformerDecoder) -> "FusedTransformerDecoder":
+        """The same decoder, sharing all of its state with ``module``."""
+        return share_state(module, TransformerDecoder, cls)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | BlockMask | None = None,
+        encoder_input: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """As :meth:`torchtune.modules.TransformerDecoder.forward`.
+
+        Args:
+            tokens (Tensor): Token ids ``[b, s]``.
+            mask (Tensor | BlockMask | None): As there; required with KV caches.
+            encoder_input (Tensor | None): As there.
+            encoder_mask (Tensor | None): As there.
+            input_pos (Tensor | None): As there; required with KV caches.
+
+        Returns:
+            Tensor | list[Tensor]: fp32 logits ``[b, s, vocab_size]``, or the list that
+            ``output_hidden_states`` or ``set_num_output_chunks`` ask for.
+
+        Raises:
+            ValueError: As there, or if the KV caches are full.
+        """
+        if encoder_input is None and mask is not None and input_pos is not None:
+            logits = self.step(tokens, mask, input_pos)
+            if logits is not None:
+                return logits.clone()  # the next step overwrites it
+        return super().forward(
+            tokens,
+            mask=mask,
+            encoder_input=encoder_input,
+            encoder_mask=encoder_mask,
+            input_pos=input_pos,
+        )
+
+    def step(self, tokens: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor | None:
+        """One decoding step as :meth:`StepRunner.__call__`, with the arguments after the first."""
+        if self._runner is None:
+            self._runner = StepRunner()
+        return self._runner(self, tokens, mask, input_pos)
+
+    def reset_caches(self) -> None:
+        """Empty the KV caches."""
+        super().reset_caches()
+        if self._runner is not None:
+            self._runner.forget_length()

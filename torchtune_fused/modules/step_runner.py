@@ -1,0 +1,156 @@
+"""Decoding steps as replays of one captured CUDA graph."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from torchtune_fused.modules.captured import CapturedCall
+from torchtune_fused.modules.decode_step import DecodeStep
+from torchtune_fused.ops.decode_linear import MAX_DECODE_TOKENS
+
+_log = logging.getLogger(__name__)
+
+
+class StepRunner:
+    """Runs a decoder's steps of a few tokens through one CUDA graph, where that can be done.
+
+    The graph reads the weights and caches where they lie. So before each replay the decoder is
+    compared with what was captured, and captured anew if a module, a tensor or its memory is
+    another one than then. A step costs the host about 0.1 ms, whatever the model.
+    """
+
+    def __init__(self) -> None:
+        self._call: CapturedCall | None = None
+        self._key: tuple | None = None
+        self._layout: _Layout | None = None
+        self._length: int | None = None  # tokens in the caches, while only this object adds to them
+
+    def __call__(
+        self, decoder: TransformerDecoder, x: Tensor, mask: Tensor | None, input_pos: Tensor | None
+    ) -> Tensor | None:
+        """Run one step, from what the decoder starts with to what it ends with.
+
+        Args:
+            decoder (TransformerDecoder): A decoder, or a shard of one.
+            x (Tensor): Tokens ``[b, s]`` or, for a decoder without embedding, the hidden state
+                ``[b, s, embed_dim]``.
+            mask (Tensor | None): bool ``[b or 1, s, cache length]``; None is causal by slot.
+            input_pos (Tensor | None): Positions ``[s]`` or ``[b, s]``; None: each token's slot.
+
+        Returns:
+            Tensor | None: fp32 logits ``[b, s, vocab_size]`` or, without a head, the hidden state;
+            the next step overwrites it. None if the step has to be made by calling the modules:
+            nothing has been done then, and what is in the way has been logged once.
+
+        Raises:
+            ValueError: If the caches are full.
+        """
+        if not self._applies(decoder, x, mask):
+            self._length = None
+            return None
+        key = tuple(None if t is None else (t.shape, t.dtype) for t in (x, mask, input_pos))
+        if key != self._key or self._layout is None or not self._layout.still_holds():
+            self._key, self._call, self._length = key, None, None
+            self._layout = _Layout(decoder)
+            if (obstacle := DecodeStep.obstacle(decoder)) is None:
+                self._call = CapturedCall(_step_of(decoder))
+            else:
+                _log.warning("decoding calls the model's modules one by one: %s", obstacle)
+        if self._call is None:
+            return None
+        self._count(decoder, x.shape[1])
+        return self._call(x, mask, input_pos)
+
+    def forget_length(self) -> None:
+        """To be called when somebody else has filled or emptied the caches."""
+        self._length = None
+
+    def _applies(self, decoder: TransformerDecoder, x: Tensor, mask: object) -> bool:
+        return (
+            x.is_cuda
+            and x.shape[0] * x.shape[1] <= MAX_DECODE_TOKENS
+            and (mask is None or isinstance(mask, Tensor))
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.cuda.is_current_stream_capturing()
+            and not decoder.output_hidden_states
+            and not decoder.num_output_chunks
+            and decoder.caches_are_enabled()
+        )
+
+    def _count(self, decoder: TransformerDecoder, new: int) -> None:
+        """Check that the caches have room, without asking the GPU at every step."""
+        cache = decoder.layers[0].attn.kv_cache
+        max_len = cache.k_cache.shape[2]
+        if self._length is None or self._length + new > max_len:
+            self._length = cache.size
+        if self._length + new > max_len:
+            raise ValueError(
+                f"the KV cache is full: {self._length} of {max_len} slots are taken, {new} more "
+                "are needed; set it up for a larger decoder_max_seq_len or reset it"
+            )
+        self._length += new
+
+    # A copy or an unpickled decoder captures for itself.
+    def __deepcopy__(self, memo: dict) -> "StepRunner":
+        return StepRunner()
+
+    def __reduce__(self) -> tuple:
+        return (StepRunner, ())
+
+
+def _step_of(decoder: TransformerDecoder):
+    step = DecodeStep(decoder)
+
+    def run(x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        h = x if decoder.tok_embeddings is None else decoder.tok_embeddings(x)
+        h = step.layers(h, mask, input_pos)
+        return h if decoder.norm is None else step.unembed(h)
+
+    return run
+
+
+class _Layout:
+    """What a captured graph has taken for granted: the modules, their tensors and the memory."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        modules = list(decoder.modules())
+        self._hooks = [
+            hooks
+            for module in modules
+            if module is not decoder
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._children = [
+            (module._modules, name, child)
+            for module in modules
+            for name, child in module._modules.items()
+        ]
+        self._tensors = [
+            (tensors, name, tensor, tensor.data_ptr())
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self._flags = [
+            (vars(module), vars(module)["cache_enabled"], module.training)
+            for module in modules
+            if "cache_enabled" in vars(module)
+        ]
+
+    def still_holds(self) -> bool:
+        return (
+            not any(self._hooks)
+            and all(children.get(name) is child for children, name, child in self._children)
+            and all(
+                tensors.get(name) is tensor and tensor.data_ptr() == pointer
+                for tensors, name, tensor, pointer in self._tensors
+            )
+            and all(
+                state["cache_enabled"] == enabled and state["training"] == training
+                for state, enabled, training in self._flags
+            )
+        )
