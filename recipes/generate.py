@@ -24,7 +24,7 @@ from torchtune import config, training, utils
 from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
-from torchtune_fused.generation import TextStream, stream
+from torchtune_fused.generation import Sampler, TextStream, stream
 from torchtune_fused.recipe_config import expand_path, parse
 from torchtune_fused.shard.pipeline import Pipeline
 
@@ -51,6 +51,8 @@ def main(cfg: DictConfig) -> None:
     tokenizer = config.instantiate(cfg.tokenizer)
     prompts = read_prompts(cfg)
     prompt_tokens = [tokenize(prompt, tokenizer, cfg) for prompt in prompts]
+    sampling = {key: cfg[key] for key in ("temperature", "top_k", "top_p", "seed")}
+    Sampler(**sampling)  # bad values need not wait for the weights
 
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     load = ShardTransformerDecoder.from_pretrained
@@ -62,12 +64,9 @@ def main(cfg: DictConfig) -> None:
         model,
         prompt_tokens,
         max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
         stop_tokens=tokenizer.stop_tokens,
         pad_id=tokenizer.pad_id,
-        seed=cfg.seed,
+        **sampling,
     )
     # Every rank has all tokens; the first writes them.
     with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
