@@ -7,6 +7,7 @@ program that does not have torchtune.
 from importlib import import_module
 
 _PUBLIC = {
+    "fused_model": "torchtune_fused.surgery",
     "patch_model": "torchtune_fused.surgery",
     "unpatch_model": "torchtune_fused.surgery",
     "register_builder": "torchtune_fused.surgery",

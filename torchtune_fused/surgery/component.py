@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import Any
 
 from torch import nn
+from torchtune.utils import get_logger
 
 from torchtune_fused.surgery.patch import patch_model
+
+_log = get_logger("INFO")
 
 
 def fused_model(builder: str, **kwargs: Any) -> nn.Module:
@@ -23,8 +26,7 @@ def fused_model(builder: str, **kwargs: Any) -> nn.Module:
         **kwargs: The builder's own arguments.
 
     Returns:
-        The model with every module swapped that has a fused twin; what was declined, and why, is
-        logged by :func:`patch_model`.
+        The model, patched; what was swapped and what was declined, and why, is logged.
 
     Raises:
         ValueError: If ``builder`` is not the dotted path of something callable.
@@ -37,5 +39,5 @@ def fused_model(builder: str, **kwargs: Any) -> nn.Module:
     if not callable(build):
         raise ValueError(f"builder {builder!r} is not callable")
     model = build(**kwargs)
-    patch_model(model)
+    _log.info("%s: %s", builder, patch_model(model))
     return model
