@@ -6,12 +6,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether calling ``module`` runs ``cls.forward`` on ordinary tensors and nothing else.
+    """Whether calling ``module`` runs ``cls.forward`` and nothing else.
 
-    Subclasses (LoRA, quantised or parametrised layers), hooks, a ``forward`` put on the instance
-    and tensor subclasses (DTensor, torchao) are not plain: such a module has to be called.
+    Subclasses (LoRA, quantised or parametrised layers), hooks and a ``forward`` put on the instance
+    are not plain: such a module has to be called.
     """
-    if (
+    return not (
         type(module) is not cls
         or module._forward_pre_hooks
         or module._forward_hooks
@@ -19,16 +19,21 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
         or module._backward_hooks
         or "forward" in module.__dict__
         or _has_any_global_hook()
-    ):
-        return False
-    for parameter in module._parameters.values():
-        if type(parameter) is not nn.Parameter and parameter is not None:
-            return False
-    return True
+    )
+
+
+def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of an ``nn.Linear``, if using them comes to the same as calling it."""
+    if not is_plain(module, nn.Linear):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if is_plain_tensor(weight) and (bias is None or is_plain_tensor(bias)):
+        return weight, bias
+    return None
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor or parameter, which the fused ops can take."""
+    """Whether ``x`` is a tensor or parameter that the ops can take: no DTensor, none of torchao."""
     return type(x) is Tensor or type(x) is nn.Parameter
 
 

@@ -3,7 +3,13 @@
 from torch import Tensor, nn
 from torchtune.modules import FeedForward
 
-from torchtune_fused.modules._plain import in_autocast, is_plain, is_plain_tensor, share_state
+from torchtune_fused.modules._plain import (
+    in_autocast,
+    is_plain,
+    is_plain_tensor,
+    plain_linear,
+    share_state,
+)
 from torchtune_fused.ops import gated_mlp
 
 _ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -22,16 +28,11 @@ def fuse(
     x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str
 ) -> Tensor | None:
     """`gated_mlp` of three linear layers, None if it wouldn't be the same as calling them."""
-    if not (
-        is_plain(gate, nn.Linear)
-        and is_plain(up, nn.Linear)
-        and is_plain(down, nn.Linear)
-        and is_plain_tensor(x)
-        and not in_autocast(x)
-    ):
+    gate, up, down = plain_linear(gate), plain_linear(up), plain_linear(down)
+    if gate is None or up is None or down is None or not is_plain_tensor(x) or in_autocast(x):
         return None
-    weights = (gate.weight, up.weight, down.weight)
-    return gated_mlp(x, *weights, gate.bias, up.bias, down.bias, activation=activation)
+    (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = gate, up, down
+    return gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation)
 
 
 class FusedFeedForward(FeedForward):

@@ -24,6 +24,7 @@ class FusedRMSNorm(RMSNorm):
         Returns:
             Tensor: shape and dtype of ``x``.
         """
-        if is_plain_tensor(x) and is_plain_tensor(self.scale):
-            return rms_norm(x, self.scale, self.eps)
+        scale = self.scale
+        if is_plain_tensor(x) and is_plain_tensor(scale):
+            return rms_norm(x, scale, self.eps)
         return super().forward(x)

@@ -1,7 +1,7 @@
 """What every op of the package shares: the library it is registered in and its argument checks.
 
-An op has a schema and a reference in plain PyTorch, which serves every device until a kernel is
-registered for one (``CPU`` here where ATen has a better one, ``CUDA`` by the compiled library).
+An op has a schema and a reference in plain PyTorch, which serves every device that has no kernel of
+its own: the CPU where ATen has a better one, CUDA when the compiled library is loaded.
 """
 
 import functools
@@ -15,21 +15,22 @@ from torchtune_fused.build import load_kernels
 LIBRARY = torch.library.Library("torchtune_fused", "DEF")
 
 
-def define_op(schema: str) -> Callable[[Callable], Callable]:
+def define_op(schema: str, cpu: Callable | None = None) -> Callable[[Callable], Callable]:
     """Declares an op by its schema, with the decorated function as its reference.
 
     Args:
         schema (str): the schema without the namespace, e.g. ``"relu(Tensor x) -> Tensor"``.
+        cpu (Callable | None): what runs on the CPU. Default: the reference.
 
     Returns:
         Callable[[Callable], Callable]: decorator which gives the function back unchanged.
     """
 
     def register(reference: Callable) -> Callable:
+        name = schema.partition("(")[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(
-            schema.partition("(")[0], _loading_kernels(reference), "CompositeExplicitAutograd"
-        )
+        LIBRARY.impl(name, cpu or reference, "CPU")
+        LIBRARY.impl(name, _loading_kernels(reference), "CompositeExplicitAutograd")
         return reference
 
     return register

@@ -154,10 +154,33 @@ def as_bshd(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def cpu_flash(q, k, v, mask, causal, scale, window):
+    """Attention by ATen's flash attention for the CPU, which reads grouped heads in place."""
+    bias, causal = _cpu_mask(q, k, mask, causal, window)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return as_bshd(out), lse.contiguous()
+
+
+def _cpu_flash_backward(grad, q, k, v, out, lse, mask, causal, scale, window):
+    bias, causal = _cpu_mask(q, k, mask, causal, window)
+    grads = _flash_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+    return tuple(as_bshd(t) for t in grads)
+
+
+def _cpu_mask(q, k, mask, causal, window):
+    """What ATen takes: a term to add to the scores, or its own causal mask, which skips work."""
+    s, s_kv = q.shape[2], k.shape[2]
+    if causal and mask is None and window is None and s == s_kv:
+        return None, True
+    seen = visible(s, s_kv, mask, causal, window, q.device)
+    return (None if seen is None else additive(seen, q.dtype)), False
+
+
 # lse is log(sum(exp(scores))) in fp32, natural logarithm of scaled scores; 0 where no key is seen.
 @define_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, int? window) "
-    "-> (Tensor out, Tensor lse)"
+    "-> (Tensor out, Tensor lse)",
+    cpu=cpu_flash,
 )
 def closed_form(q, k, v, mask, causal, scale, window):
     """Attention by its definition, with the scores in memory; the reference of every device."""
@@ -172,7 +195,8 @@ def closed_form(q, k, v, mask, causal, scale, window):
 @define_op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? mask, bool causal, float scale, int? window) -> "
-    "(Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    cpu=_cpu_flash_backward,
 )
 def closed_form_backward(grad, q, k, v, out, lse, mask, causal, scale, window):
     """Gradients of attention from its output and log-sum-exp; the reference of every device."""
@@ -198,30 +222,6 @@ def _scores(q, k, mask, causal, scale, window):
     if seen is not None:
         scores.view(b, h, s, s_kv).masked_fill_(~seen, -torch.inf)
     return scores
-
-
-@torch.library.impl(LIBRARY, "attention", "CPU")
-def cpu_flash(q, k, v, mask, causal, scale, window):
-    """Attention by ATen's flash attention for the CPU, which reads grouped heads in place."""
-    bias, causal = _cpu_mask(q, k, mask, causal, window)
-    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    return as_bshd(out), lse.contiguous()
-
-
-@torch.library.impl(LIBRARY, "attention_backward", "CPU")
-def _cpu_flash_backward(grad, q, k, v, out, lse, mask, causal, scale, window):
-    bias, causal = _cpu_mask(q, k, mask, causal, window)
-    grads = _flash_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
-    return tuple(as_bshd(t) for t in grads)
-
-
-def _cpu_mask(q, k, mask, causal, window):
-    """What ATen takes: a term to add to the scores, or its own causal mask, which skips work."""
-    s, s_kv = q.shape[2], k.shape[2]
-    if causal and mask is None and window is None and s == s_kv:
-        return None, True
-    seen = visible(s, s_kv, mask, causal, window, q.device)
-    return (None if seen is None else additive(seen, q.dtype)), False
 
 
 @torch.library.register_fake("torchtune_fused::attention", lib=LIBRARY)

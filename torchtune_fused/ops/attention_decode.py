@@ -103,9 +103,31 @@ def attention_decode(
     )
 
 
+def _cpu(q, k_cache, v_cache, length, mask, scale, window):
+    (b, h, s, d), h_kv, length = q.shape, k_cache.shape[1], int(length)
+    if not s <= length <= k_cache.shape[2]:
+        raise ValueError(
+            f"attention_decode: length must be at least {s}, the tokens of q, and at most "
+            f"{k_cache.shape[2]}, the slots of k_cache, got {length}"
+        )
+    # Only the slots that some query may see take part.
+    start = 0 if window is None else max(0, length - s + 1 - window)
+    k, v = k_cache[:b, :, start:length], v_cache[:b, :, start:length]
+    if mask is not None:
+        mask = mask[..., start:length]
+    if s > 1:
+        return cpu_flash(q, k, v, mask, mask is None, scale, window)[0]
+    # Every head of a group sees the same keys: as rows of one head, they read them once. And where
+    # nothing is padded, one token's mask hides nothing, which is cheaper to see than to add.
+    bias = None if mask is None or mask.all() else additive(mask, q.dtype)
+    out, _ = _flash(q.view(b, h_kv, h // h_kv, d), k, v, attn_mask=bias, scale=scale)
+    return out.reshape(b, 1, h, d).transpose(1, 2)
+
+
 @define_op(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor? mask, "
-    "float scale, int? window) -> Tensor"
+    "float scale, int? window) -> Tensor",
+    cpu=_cpu,
 )
 def _reference(q, k_cache, v_cache, length, mask, scale, window):
     # The host doesn't know the length: every slot takes part, the hidden ones masked, and the
@@ -127,27 +149,6 @@ def visible_slots(length: Tensor, s: int, max_len: int, causal: bool, window: in
     if window is not None:
         seen = seen & (own - slots < window)
     return seen[None, None]
-
-
-@torch.library.impl(LIBRARY, "attention_decode", "CPU")
-def _cpu(q, k_cache, v_cache, length, mask, scale, window):
-    (b, h, s, d), h_kv, length = q.shape, k_cache.shape[1], int(length)
-    if not s <= length <= k_cache.shape[2]:
-        raise ValueError(
-            f"attention_decode: length must be at least {s}, the tokens of q, and at most "
-            f"{k_cache.shape[2]}, the slots of k_cache, got {length}"
-        )
-    # Only the slots that some query may see take part.
-    start = 0 if window is None else max(0, length - s + 1 - window)
-    k, v = k_cache[:b, :, start:length], v_cache[:b, :, start:length]
-    if s == 1:
-        # Every head of a group sees the same keys: as rows of one head, they read them once.
-        q = q.view(b, h_kv, h // h_kv, d)
-        bias = None if mask is None else additive(mask[..., start:length], q.dtype)
-        out, _ = _flash(q, k, v, attn_mask=bias, scale=scale)
-        return out.reshape(b, 1, h, d).transpose(1, 2)
-    seen = None if mask is None else mask[..., start:length]
-    return cpu_flash(q, k, v, seen, mask is None, scale, window)[0]
 
 
 @torch.library.register_fake("torchtune_fused::attention_decode", lib=LIBRARY)

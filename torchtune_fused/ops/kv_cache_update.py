@@ -44,19 +44,6 @@ def kv_cache_update(
     torch.ops.torchtune_fused.kv_cache_update(k_cache, v_cache, cache_pos, k, v)
 
 
-@define_op(
-    "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) cache_pos, "
-    "Tensor k, Tensor v) -> ()"
-)
-def _reference(k_cache, v_cache, cache_pos, k, v):
-    b, s = k.shape[0], k.shape[2]
-    slots = cache_pos[:s]
-    k_cache[:b].index_copy_(2, slots, k)
-    v_cache[:b].index_copy_(2, slots, v)
-    cache_pos.add_(s)
-
-
-@torch.library.impl(LIBRARY, "kv_cache_update", "CPU")
 def _cpu(k_cache, v_cache, cache_pos, k, v):
     b, s, start = k.shape[0], k.shape[2], int(cache_pos[0])
     if start + s > k_cache.shape[2]:
@@ -66,6 +53,19 @@ def _cpu(k_cache, v_cache, cache_pos, k, v):
         )
     k_cache[:b, :, start : start + s] = k
     v_cache[:b, :, start : start + s] = v
+    cache_pos.add_(s)
+
+
+@define_op(
+    "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) cache_pos, "
+    "Tensor k, Tensor v) -> ()",
+    cpu=_cpu,
+)
+def _reference(k_cache, v_cache, cache_pos, k, v):
+    b, s = k.shape[0], k.shape[2]
+    slots = cache_pos[:s]
+    k_cache[:b].index_copy_(2, slots, k)
+    v_cache[:b].index_copy_(2, slots, v)
     cache_pos.add_(s)
 
 

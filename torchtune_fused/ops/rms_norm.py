@@ -42,6 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return call(torch.ops.torchtune_fused.rms_norm.default, x, weight, eps)[0]
 
 
+# rstd, [...] in fp32, is the reciprocal of the root mean square of each row.
 @define_op("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)")
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = at_least_fp32(x.contiguous())

@@ -100,8 +100,8 @@ def _rope(
         sin = -sin
     if interleaved:
         # A pair is a complex number and the rotation one product: a single pass over x.
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
+        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).view(x.shape)
     else:
         first, second = wide.chunk(2, dim=-1)
         rotated = wide * torch.cat((cos, cos), dim=-1)
