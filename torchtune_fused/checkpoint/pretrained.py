@@ -23,6 +23,7 @@ from torchtune_fused.models.config import ModelConfig, load_model_config
 from torchtune_fused.models.rope import init_rope
 from torchtune_fused.shard.decoder import ShardTransformerDecoder
 from torchtune_fused.shard.shard import Shard
+from torchtune_fused.surgery import patch_model
 
 
 def load_pretrained(
@@ -44,8 +45,6 @@ def load_pretrained(
     load_weights(model, config, folder, model.shard, dtype=dtype, device=device)
     init_rope(model, device)
     if patch:
-        from torchtune_fused.surgery import patch_model
-
         patch_model(model)
     return model.eval()
 
