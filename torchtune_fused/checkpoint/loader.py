@@ -203,7 +203,7 @@ def _contradictory_head(
     if not config.tie_word_embeddings or not shard.is_last_layer() or head not in checkpoint.names:
         return []
     with checkpoint.read(head) as a, checkpoint.read(embedding) as b:
-        if torch.equal(a, b):
+        if a.dtype == b.dtype and torch.equal(a, b):
             return []
     return [f"{head} differs from {embedding}, though tie_word_embeddings is true"]
 
