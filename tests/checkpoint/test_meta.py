@@ -100,6 +100,23 @@ def test_corrupt(tmp_path, stock, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [[], {"norm.weight": 3}])
+def test_not_a_dictionary_of_tensors(tmp_path, stock, content):
+    write(tmp_path, stock, 1, 0)
+    torch.save(content, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
+        ShardTransformerDecoder.from_pretrained(tmp_path)
+
+
+def test_parts_of_different_models(tmp_path, stock):
+    write(tmp_path, stock, 2, 0)
+    part = torch.load(tmp_path / "consolidated.01.pth")
+    del part["layers.2.feed_forward.w1.weight"]
+    torch.save(part, tmp_path / "consolidated.01.pth")
+    with pytest.raises(CheckpointError, match="not the parts of one Llama"):
+        ShardTransformerDecoder.from_pretrained(tmp_path)
+
+
 class Malicious:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code from a checkpoint was run')",))

@@ -151,6 +151,9 @@ def test_meta_params_of_llama_2_take_the_vocabulary_from_the_checkpoint(read, tm
     llama2 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5}
     with pytest.raises(ConfigError, match=r"vocab_size is not given.*consolidated"):
         read({**llama2, "vocab_size": -1}, "params.json")
+    (tmp_path / "consolidated.00.pth").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"consolidated\.00\.pth could not be read for it"):
+        read({**llama2, "vocab_size": -1}, "params.json")
     for part in ("00", "01"):
         torch.save({"output.weight": torch.zeros(16000, 1)}, tmp_path / f"consolidated.{part}.pth")
     config = read({**llama2, "vocab_size": -1}, "params.json")

@@ -138,6 +138,11 @@ class MetaCheckpoint(Checkpoint):
     def __init__(self, folder: Path):
         self.folder = folder
         self._parts = [_load_pth(path) for path in sorted(folder.glob("consolidated.*.pth"))]
+        names = self._parts[0].keys()
+        if "norm.weight" not in names or any(part.keys() != names for part in self._parts):
+            raise CheckpointError(
+                f"{folder}: its consolidated.*.pth are not the parts of one Llama; fetch them again"
+            )
 
     @property
     def names(self) -> set[str]:
@@ -159,9 +164,9 @@ class MetaCheckpoint(Checkpoint):
         if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
             return 1
         if name == "tok_embeddings.weight":
-            # By columns up to Llama 2, by rows of the vocabulary, like the head, since Llama 3.
-            same_rows = self._parts[0][name].shape[0] == self._parts[0]["output.weight"].shape[0]
-            return 0 if same_rows else 1
+            # By columns up to Llama 2, by rows since Llama 3: then it is as wide as the norm.
+            part = self._parts[0]
+            return 0 if part[name].shape[1] == part["norm.weight"].shape[0] else 1
         return 0
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -242,5 +247,7 @@ def _load_pth(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path}: truncated, or not a checkpoint of plain tensors; fetch it again ({reason})"
         ) from error
-    # Newer files carry the frequencies of RoPE, which follow from the config.
+    if not isinstance(part, dict) or not all(torch.is_tensor(t) for t in part.values()):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors; fetch it again")
+    # Some files carry the frequencies of RoPE, which follow from the config.
     return {name: tensor for name, tensor in part.items() if name != "rope.freqs"}

@@ -115,8 +115,8 @@ def load_weights(
 
     fresh: dict[str, torch.Tensor] = {}
     finite: dict[str, torch.Tensor] = {}
-    # While a tensor is copied, its file's pages count as resident as well. The largest go first, when
-    # there is still room for that below what the whole will take.
+    # While a tensor is copied, its file's pages count as resident as well. The largest go first,
+    # when there is still room for that below what the whole will take.
     order = sorted(sources, key=lambda name: targets[name].numel(), reverse=True)
     for name in tqdm(order, desc=f"loading {folder.name}", unit="tensor", disable=None):
         target = targets[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -271,5 +272,12 @@ def _vocab_size_of_checkpoint(params: Path) -> int:
             f"{params}: vocab_size is not given, and there is no consolidated.*.pth beside it to "
             "take it from"
         )
-    head = torch.load(parts[0], mmap=True, weights_only=True, map_location="cpu")["output.weight"]
-    return head.shape[0] * len(parts)
+    try:
+        part = torch.load(parts[0], mmap=True, weights_only=True, map_location="cpu")
+        return part["output.weight"].shape[0] * len(parts)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{params}: vocab_size is not given, and {parts[0].name} could not be read for it: "
+            f"{reason}"
+        ) from error
