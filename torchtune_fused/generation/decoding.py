@@ -8,6 +8,7 @@ from torch import Tensor
 from torchtune.modules import KVCache, TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 
+from torchtune_fused.modules.decoder import CapturedSteps
 from torchtune_fused.shard import ShardTransformerDecoder
 from torchtune_fused.shard.pipeline import Pipeline
 
@@ -15,8 +16,7 @@ from torchtune_fused.shard.pipeline import Pipeline
 class CachedDecoder:
     """Next-token logits of a model whose KV caches are set up and empty.
 
-    All that a step depends on lives on the device in tensors of fixed shapes, so that a step needs
-    no host synchronisation and can be captured and replayed.
+    Nothing here waits for the device: how many tokens the caches hold is counted on the host.
 
     Args:
         model (TransformerDecoder | Pipeline): A whole model.
@@ -28,11 +28,12 @@ class CachedDecoder:
         self, model: TransformerDecoder | Pipeline, padding: Tensor, cache_len: int
     ) -> None:
         self._model = model
+        self._padded = bool(padding.any())
         # Without padding all rows share one mask and one set of positions.
-        self._padding = (padding if padding.any() else padding[:1])[:, None]  # [b or 1, 1]
+        self._padding = (padding if self._padded else padding[:1])[:, None]  # [b or 1, 1]
         self._slots = torch.arange(cache_len, device=padding.device)
         self._real = self._slots >= self._padding  # [b or 1, cache_len]
-        self._last = torch.zeros(1, dtype=torch.int64, device=padding.device)
+        self._length = 0
 
     def prefill(self, tokens: Tensor) -> Tensor | None:
         """Fill the caches with the prompts.
@@ -45,9 +46,9 @@ class CachedDecoder:
             projected; None on a pipeline's ranks before the last.
         """
         queries = self._slots[: tokens.shape[1], None]
+        self._length = tokens.shape[1]
         # Padding attends to itself: a row without any key would have no softmax.
         mask = (self._slots <= queries) & self._real[:, None] | (self._slots == queries)
-        self._last.fill_(tokens.shape[1] - 1)
         return self._last_logits(tokens, mask, self._positions(queries.T))
 
     def step(self, tokens: Tensor) -> Tensor | None:
@@ -57,11 +58,24 @@ class CachedDecoder:
             tokens (Tensor): int64 ``[b]``.
 
         Returns:
-            Tensor | None: float logits ``[b, vocab]``, as from :meth:`prefill`.
+            Tensor | None: float logits ``[b, vocab]``, as from :meth:`prefill`, which the next step
+            may overwrite.
         """
-        self._last.add_(1)
-        mask = (self._real & (self._slots <= self._last))[:, None]
-        return self._last_logits(tokens[:, None], mask, self._positions(self._last))
+        model, tokens, slot = self._model, tokens[:, None], self._length
+        self._length += 1
+        if isinstance(model, CapturedSteps):
+            # Without padding, a captured step sees from the caches where it stands.
+            logits = model.step(tokens, *(self._place(slot) if self._padded else (None, None)))
+            if logits is not None:
+                return logits[:, 0]
+        if isinstance(model, Pipeline):
+            return _last(model.step(tokens, *self._place(slot)))
+        return self._last_logits(tokens, *self._place(slot))
+
+    def _place(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Mask and position of one token a row."""
+        mask = (self._real & (self._slots <= slot))[:, None]
+        return mask, self._positions(self._slots[slot : slot + 1])
 
     def _positions(self, slots: Tensor) -> Tensor:
         """Positions of slots in their row: a row starts at its first real token."""
@@ -77,10 +91,14 @@ class CachedDecoder:
             h = model.tok_embeddings(tokens)
             for layer in model.layers:
                 h = layer(h, mask=mask, input_pos=input_pos)
-        logits = model.unembed(h[:, -1:])
-        if isinstance(logits, list):  # a model that a training recipe told to chunk its output
-            logits = torch.cat(logits, 1).float()
-        return logits[:, 0]
+        return _last(model.unembed(h[:, -1:]))
+
+
+def _last(logits: Tensor | list[Tensor] | None) -> Tensor | None:
+    """Logits of the only position."""
+    if isinstance(logits, list):  # a model that a training recipe told to chunk its output
+        logits = torch.cat(logits, 1).float()
+    return None if logits is None else logits[:, 0]
 
 
 def check_caches(decoder: TransformerDecoder, batch_size: int, cache_len: int) -> None:

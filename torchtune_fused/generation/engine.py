@@ -7,6 +7,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from torchtune_fused.generation.decoding import CachedDecoder, check_caches, empty_caches
+from torchtune_fused.generation.host_value import HostValue
 from torchtune_fused.generation.prompt import Prompt, make_prompt
 from torchtune_fused.generation.sampling import Sampler, is_int
 from torchtune_fused.shard import ShardTransformerDecoder
@@ -153,6 +154,9 @@ def _steps(
     batch_size, prompt_len = prompt.tokens.shape
     stop = torch.tensor(list(stop_tokens), dtype=torch.int64, device=prompt.tokens.device)
     done = torch.zeros(batch_size, dtype=torch.bool, device=prompt.tokens.device)
+    # A GPU gets its next step before the caller, or the check for stop tokens, looks at this one's
+    # tokens: it never waits for the host, at the price of one step too many in the end.
+    ahead = prompt.tokens.is_cuda
     tokens = None
     with empty_caches(decoder, batch_size, prompt_len + max_new_tokens) as cache_len:
         cached = CachedDecoder(model, prompt.padding, cache_len)
@@ -162,12 +166,15 @@ def _steps(
             if len(stop) and tokens is not None:
                 chosen = torch.where(done, tokens if pad_id is None else pad_id, chosen)
             tokens = chosen
-            yield tokens
             if len(stop):
-                done |= torch.isin(tokens, stop)
-                if done.all():
-                    return
-            if left:
+                done = done | torch.isin(tokens, stop)
+                all_done = HostValue(done.all())
+            if left and ahead:
+                logits = cached.step(tokens)
+            yield tokens
+            if len(stop) and all_done.get():
+                return
+            if left and not ahead:
                 logits = cached.step(tokens)
 
 

@@ -8,14 +8,30 @@ from torchtune_fused.modules._plain import share_state
 from torchtune_fused.modules.step_runner import StepRunner
 
 
-class FusedTransformerDecoder(TransformerDecoder):
+class CapturedSteps(TransformerDecoder):
+    """What a decoder needs to run its decoding steps as one CUDA graph."""
+
+    _runner: StepRunner | None = None
+
+    def step(self, x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor | None:
+        """One decoding step: :meth:`StepRunner.__call__` on this decoder."""
+        if self._runner is None:
+            self._runner = StepRunner()
+        return self._runner(self, x, mask, input_pos)
+
+    def reset_caches(self) -> None:
+        """Empty the KV caches."""
+        super().reset_caches()
+        if self._runner is not None:
+            self._runner.forget_length()
+
+
+class FusedTransformerDecoder(CapturedSteps):
     """Drop-in for :class:`torchtune.modules.TransformerDecoder`: same state dict and results.
 
     On a GPU, with KV caches and without gradients, calls of up to 16 tokens run as one CUDA graph
     over the decoding kernels; everything else runs as in torchtune.
     """
-
-    _runner: StepRunner | None = None
 
     @classmethod
     def from_stock(cls, module: TransformerDecoder) -> "FusedTransformerDecoder":
@@ -58,15 +74,3 @@ class FusedTransformerDecoder(TransformerDecoder):
             encoder_mask=encoder_mask,
             input_pos=input_pos,
         )
-
-    def step(self, tokens: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor | None:
-        """One decoding step as :meth:`StepRunner.__call__`, with the arguments after the first."""
-        if self._runner is None:
-            self._runner = StepRunner()
-        return self._runner(self, tokens, mask, input_pos)
-
-    def reset_caches(self) -> None:
-        """Empty the KV caches."""
-        super().reset_caches()
-        if self._runner is not None:
-            self._runner.forget_length()

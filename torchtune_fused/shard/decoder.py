@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear
 from torchtune.modules.attention_utils import _MaskType
 
+from torchtune_fused.modules.decoder import CapturedSteps
 from torchtune_fused.shard.checks import (
     check_cache,
     check_mask,
@@ -54,7 +55,7 @@ class LayerRange(nn.ModuleList):
     append = insert = extend = pop = __delitem__ = __iadd__ = _refuse
 
 
-class ShardTransformerDecoder(TransformerDecoder):
+class ShardTransformerDecoder(CapturedSteps):
     """A range of a decoder's layers, with the embedding on the first and the head on the last.
 
     The shard that is the whole model is a :class:`torchtune.modules.TransformerDecoder` in all
@@ -210,6 +211,11 @@ class ShardTransformerDecoder(TransformerDecoder):
         Raises:
             ValueError: If an input is missing, misshapen or out of range, or a cache is too small.
         """
+        self._check_inputs(tokens, mask, input_pos, hidden_state)
+        if mask is not None and input_pos is not None:
+            output = self.step(hidden_state if tokens is None else tokens, mask, input_pos)
+            if output is not None:
+                return output.clone()  # the next step overwrites it
         h, hidden = self._run_layers(tokens, mask, input_pos, hidden_state)
         output = self.unembed(h) if self.shard.is_last_layer() else h
         return [*hidden, output] if hidden else output
@@ -232,6 +238,7 @@ class ShardTransformerDecoder(TransformerDecoder):
         Raises:
             ValueError: As :meth:`forward`.
         """
+        self._check_inputs(tokens, mask, input_pos, hidden_state)
         return self._run_layers(tokens, mask, input_pos, hidden_state)[0]
 
     def unembed(self, h: Tensor) -> Tensor | list[Tensor]:
@@ -258,7 +265,8 @@ class ShardTransformerDecoder(TransformerDecoder):
         input_pos: Tensor | None,
         hidden_state: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        self._check_inputs(tokens, mask, input_pos, hidden_state)
+        if self._runner is not None:
+            self._runner.forget_length()
         h = hidden_state if tokens is None else self.tok_embeddings(tokens)
         hidden = []
         for number, layer in zip(self.shard.layers, self.layers, strict=True):

@@ -136,8 +136,7 @@ class Pipeline:
         Returns:
             Tensor | None: float logits ``[b, s, vocab]`` on the last rank, None on the others.
         """
-        h = self.forward_hidden(tokens, mask=mask, input_pos=input_pos)
-        return None if h is None else self.unembed(h)
+        return self._run(self.decoder.forward, tokens, mask, input_pos)
 
     def forward_hidden(
         self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None
@@ -147,12 +146,45 @@ class Pipeline:
         Returns:
             Tensor | None: hidden state ``[b, s, d]`` on the last rank, None on the others.
         """
+        return self._run(self.decoder.forward_hidden, tokens, mask, input_pos)
+
+    def step(self, tokens: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor | None:
+        """One decoding step, each stage in its captured form where it can be.
+
+        Args:
+            tokens (Tensor): int64 ``[b, s]``, equal on all ranks.
+            mask (Tensor): bool ``[b or 1, s, cache_len]``.
+            input_pos (Tensor): int64 ``[s]`` or ``[b, s]``.
+
+        Returns:
+            Tensor | None: float logits ``[b, s, vocab]`` on the last rank, which the next step may
+            overwrite; None on the others.
+        """
+
+        def run_stage(tokens: Tensor | None = None, **inputs: Tensor) -> Tensor:
+            x = inputs["hidden_state"] if tokens is None else tokens
+            out = self.decoder.step(x, mask, input_pos)
+            if out is not None:
+                return out
+            h = self.decoder.forward_hidden(tokens, **inputs)
+            return self.unembed(h) if self.is_last else h
+
+        return self._run(run_stage, tokens, mask, input_pos)
+
+    def _run(
+        self,
+        forward: Callable[..., Tensor],
+        tokens: Tensor,
+        mask: Tensor | None,
+        input_pos: Tensor | None,
+    ) -> Tensor | None:
+        """Receive from the rank before, run this rank's shard, and send to the next one."""
         if self._rank == 0:
-            h = self.decoder.forward_hidden(tokens, mask=mask, input_pos=input_pos)
+            h = forward(tokens, mask=mask, input_pos=input_pos)
         else:
             h = torch.empty(*tokens.shape, self._embed_dim, dtype=self._dtype, device=self._device)
             dist.recv(h, group=self._group, group_src=self._rank - 1)
-            h = self.decoder.forward_hidden(mask=mask, input_pos=input_pos, hidden_state=h)
+            h = forward(mask=mask, input_pos=input_pos, hidden_state=h)
         if self.is_last:
             return h
         dist.send(h.contiguous(), group=self._group, group_dst=self._rank + 1)
