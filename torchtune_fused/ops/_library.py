@@ -52,6 +52,34 @@ def _loading_kernels(reference: Callable) -> Callable:
     return run
 
 
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives an op a gradient, by its first output; the others only serve the backward pass.
+
+    Args:
+        name (str): the op, without the namespace.
+        backward (Callable): from the context and the gradient of the first output to a tuple of
+            the gradients of all inputs.
+        setup_context (Callable): keeps in the context what backward needs, from ``inputs`` and
+            ``output``; see ``torch.library.register_autograd``.
+    """
+
+    def setup(ctx, inputs, output):
+        # No zeros in place of gradients that nobody computed: they may be as large as activations.
+        ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        setup_context(ctx, inputs, output)
+
+    def formula(ctx, grad, *_):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, grad)
+
+    torch.library.register_autograd(
+        f"torchtune_fused::{name}", formula, setup_context=setup, lib=LIBRARY
+    )
+
+
 def call(op: torch._ops.OpOverload, *args):
     """Runs a differentiable op; straight, when no gradient is wanted.
 

@@ -17,6 +17,7 @@ from torchtune_fused.ops._library import (
     check_like,
     check_shape,
     define_op,
+    register_autograd,
     unit_stride,
 )
 
@@ -243,16 +244,13 @@ def _like_bshd(x):
 def _setup_context(ctx, inputs, output):
     q, k, v, mask, ctx.causal, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output, mask)
-    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, _grad_lse):
+def _autograd(ctx, grad):
     grads = torch.ops.torchtune_fused.attention_backward(
         unit_stride(grad), *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.window
     )
     return *grads, None, None, None, None
 
 
-torch.library.register_autograd(
-    "torchtune_fused::attention", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("attention", _autograd, _setup_context)

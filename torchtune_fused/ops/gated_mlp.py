@@ -14,6 +14,7 @@ from torchtune_fused.ops._library import (
     check_like,
     check_shape,
     define_op,
+    register_autograd,
 )
 
 _aten = torch.ops.aten
@@ -134,15 +135,14 @@ def _setup_context(ctx, inputs, output):
     x, w_gate, w_up, w_down, *_, ctx.activation, _ = inputs
     _, gate, up = output
     ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
-    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, _grad_gate, _grad_up):
+def _autograd(ctx, grad):
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     need_x, need_w_gate, need_w_up, need_w_down, *need_bias = ctx.needs_input_grad[:7]
-    grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad, rows, gate, up = (t.reshape(-1, t.shape[-1]) for t in (grad, x, gate, up))
     product, grad_gate, grad_up = torch.ops.torchtune_fused.gated_mlp_activation_backward(
-        grad @ w_down, gate.flatten(0, -2), up.flatten(0, -2), ctx.activation
+        grad @ w_down, gate, up, ctx.activation
     )
     grad_x = None
     if need_x:
@@ -159,6 +159,4 @@ def _autograd(ctx, grad, _grad_gate, _grad_up):
     )
 
 
-torch.library.register_autograd(
-    "torchtune_fused::gated_mlp", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("gated_mlp", _autograd, _setup_context)

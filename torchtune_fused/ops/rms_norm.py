@@ -14,6 +14,7 @@ from torchtune_fused.ops._library import (
     check_floating,
     check_shape,
     define_op,
+    register_autograd,
 )
 
 
@@ -81,13 +82,10 @@ def _(grad, x, weight, rstd):
 def _setup_context(ctx, inputs, output):
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, _grad_rstd):
+def _autograd(ctx, grad):
     return *torch.ops.torchtune_fused.rms_norm_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd(
-    "torchtune_fused::rms_norm", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("rms_norm", _autograd, _setup_context)

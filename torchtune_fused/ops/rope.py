@@ -15,6 +15,7 @@ from torchtune_fused.ops._library import (
     check_floating,
     check_shape,
     define_op,
+    register_autograd,
 )
 
 
@@ -129,6 +130,4 @@ def _autograd(ctx, grad):
     return grad_x, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "torchtune_fused::rope", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("rope", _autograd, _setup_context)
