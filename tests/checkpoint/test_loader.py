@@ -68,10 +68,29 @@ def test_dtype_is_the_checkpoints_unless_given(single):
     assert from_pretrained(single).norm.scale.dtype == torch.float32
 
 
-def test_weights_own_their_memory(single):
+def test_weights_are_trainable_and_drag_no_others_along(single):
     for name, parameter in from_pretrained(single).named_parameters():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
         assert parameter.requires_grad
+
+
+def test_training_does_not_write_to_the_checkpoint(single):
+    before = (single / "model.safetensors").read_bytes()
+    model = from_pretrained(single)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (single / "model.safetensors").read_bytes() == before
+    again = from_pretrained(single).state_dict()
+    assert all(torch.equal(again[name] + 1, tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_checkpoint_may_be_replaced_or_deleted_while_in_use(single):
+    model = from_pretrained(single)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(single)
+    (single / "model.safetensors").unlink()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_max_seq_len_sizes_the_rope_table(single):

@@ -5,37 +5,19 @@ from __future__ import annotations
 import json
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from torchtune_fused.checkpoint.mapped_safetensors import (
+    CheckpointError,
+    MappedSafetensors,
+    StoredTensor,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-# Names that safetensors uses; other dtypes (8-bit floats, packed ones) are not weights to us.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint whose files or tensors are not what the model needs."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a file says about a tensor, before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Checkpoint(ABC):
@@ -59,12 +41,11 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def read(self, name: str) -> Any:
-        """Context manager that gives one tensor, to be copied: it may be gone on leaving.
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as stored: a view of its mapped file, where one exists, copied on write."""
 
-        Raises:
-            CheckpointError: If its file can't be read.
-        """
+    def release(self, name: str) -> None:  # noqa: B027  optional
+        """Give back the memory that reading a tensor took, once it has been copied."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -79,47 +60,31 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._opened: dict[str, MappedSafetensors] = {}
         index = folder / INDEX
         if index.is_file():
-            self.files = read_index(index)
+            self._files = read_index(index)
         else:
-            with _open_safetensors(folder / SINGLE) as file:
-                self.files = dict.fromkeys(file.keys(), SINGLE)
+            self._files = dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
 
     @property
     def names(self) -> set[str]:
-        return set(self.files)
+        return set(self._files)
 
     def describe(self, names: Iterable[str]) -> dict[str, StoredTensor]:
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        found = {}
-        for file_name, wanted in by_file.items():
-            with _open_safetensors(self.folder / file_name) as file:
-                present = set(file.keys())
-                for name in present.intersection(wanted):
-                    header = file.get_slice(name)
-                    found[name] = StoredTensor(
-                        tuple(header.get_shape()),
-                        self._dtype(file_name, name, header.get_dtype()),
-                    )
-        return found
+        found = {name: self._open(self._files[name]).tensors.get(name) for name in names}
+        return {name: stored for name, stored in found.items() if stored is not None}
 
-    @contextmanager
-    def read(self, name: str) -> Iterator[torch.Tensor]:
-        # The file is mapped, and mapped pages count as resident until the mapping goes. So each
-        # tensor gets a mapping of its own, and a load peaks at what it keeps plus one tensor.
-        with _open_safetensors(self.folder / self.files[name]) as file:
-            yield file.get_tensor(name)
+    def read(self, name: str) -> torch.Tensor:
+        return self._open(self._files[name]).read(name)
 
-    def _dtype(self, file_name: str, name: str, dtype: str) -> torch.dtype:
-        if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self.folder / file_name}: {name} has dtype {dtype}, which is not supported; "
-                f"supported: {', '.join(_DTYPES)}"
-            )
-        return _DTYPES[dtype]
+    def release(self, name: str) -> None:
+        self._open(self._files[name]).release(name)
+
+    def _open(self, file: str) -> MappedSafetensors:
+        if file not in self._opened:
+            self._opened[file] = MappedSafetensors(self.folder / file)
+        return self._opened[file]
 
 
 class MetaCheckpoint(Checkpoint):
@@ -151,11 +116,10 @@ class MetaCheckpoint(Checkpoint):
     def describe(self, names: Iterable[str]) -> dict[str, StoredTensor]:
         return {name: StoredTensor(self._shape(name), self._parts[0][name].dtype) for name in names}
 
-    @contextmanager
-    def read(self, name: str) -> Iterator[torch.Tensor]:
+    def read(self, name: str) -> torch.Tensor:
         dim = self._split_dim(name)
         pieces = [part[name] for part in self._parts]
-        yield pieces[0] if dim is None else torch.cat(pieces, dim)
+        return pieces[0] if dim is None else torch.cat(pieces, dim)
 
     def _split_dim(self, name: str) -> int | None:
         """Dimension along which the ranks of Meta's code split a tensor."""
@@ -223,20 +187,6 @@ def _stays_inside(file: str) -> bool:
         and not windows.anchor
         and ".." not in windows.parts
     )
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the file is missing; fetch the checkpoint again")
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: truncated, or not a safetensors file; fetch it again ({error})"
-        ) from error
-    with file:
-        yield file
 
 
 def _load_pth(path: Path) -> dict[str, torch.Tensor]:

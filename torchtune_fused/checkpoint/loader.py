@@ -6,8 +6,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -115,15 +114,20 @@ def load_weights(
 
     fresh: dict[str, torch.Tensor] = {}
     finite: dict[str, torch.Tensor] = {}
-    # While a tensor is copied, its file's pages count as resident as well. The largest go first,
-    # when there is still room for that below what the whole will take.
+    # A tensor that is copied takes its memory twice for a moment. The largest go first, when there
+    # is still room for that below what the whole will take.
     order = sorted(sources, key=lambda name: targets[name].numel(), reverse=True)
     for name in tqdm(order, desc=f"loading {folder.name}", unit="tensor", disable=None):
-        target = targets[name]
-        if target.is_meta:
-            target = fresh[name] = torch.empty(target.shape, dtype=dtype, device=device)
-        _read_into(target, checkpoint, sources[name], partial(adapter.to_ours, name))
-        finite[name] = _is_finite(target)
+        stored = checkpoint.read(sources[name])
+        ours = adapter.to_ours(name, stored)
+        if targets[name].is_meta:
+            # The stored tensor itself, where nothing changes.
+            weight = fresh[name] = ours.to(device=device, dtype=dtype)
+        else:
+            weight = targets[name].copy_(ours)
+        finite[name] = _is_finite(weight)
+        if weight is not stored:
+            checkpoint.release(sources[name])
     model.load_state_dict(fresh, strict=False, assign=True)
     _warn_of_non_finite(folder, finite)
 
@@ -202,21 +206,12 @@ def _contradictory_head(
     head, embedding = adapter.their_name(_HEAD), adapter.their_name(_EMBEDDING)
     if not config.tie_word_embeddings or not shard.is_last_layer() or head not in checkpoint.names:
         return []
-    with checkpoint.read(head) as a, checkpoint.read(embedding) as b:
-        if a.dtype == b.dtype and torch.equal(a, b):
-            return []
+    a, b = checkpoint.read(head), checkpoint.read(embedding)
+    same = a.dtype == b.dtype and torch.equal(a, b)
+    checkpoint.release(head)
+    if same:
+        return []
     return [f"{head} differs from {embedding}, though tie_word_embeddings is true"]
-
-
-def _read_into(
-    target: torch.Tensor,
-    checkpoint: Checkpoint,
-    source: str,
-    transform: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    # A function of its own, so that nothing keeps the stored tensor's memory once it is copied.
-    with checkpoint.read(source) as stored, torch.no_grad():
-        target.copy_(transform(stored))
 
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:

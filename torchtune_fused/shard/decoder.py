@@ -134,6 +134,10 @@ class ShardTransformerDecoder(CapturedSteps):
     ) -> ShardTransformerDecoder:
         """Load a model, or one shard of it, reading no other shard's weights.
 
+        On the CPU, weights that are used as stored are not copied but mapped from their file, and
+        copied page by page where they are written to. The file may be replaced or deleted
+        meanwhile, but must not be truncated.
+
         Args:
             path_or_repo_id (str | Path): A folder with a config and safetensors or Meta ``.pth``
                 files; or a repository of the Hugging Face Hub, of which only the files that hold
