@@ -229,6 +229,12 @@ def test_weights_that_are_not_finite_are_named_in_a_warning(single, edit_weights
         from_pretrained(single, LAST_HALF)
 
 
+def test_weights_that_overflow_the_dtype_asked_for_are_named_in_a_warning(single, edit_weights):
+    edit_weights(single, lambda weights: weights["model.norm.weight"].fill_(1e5))
+    with pytest.warns(UserWarning, match=r"NaN or infinite values in norm\.scale"):
+        from_pretrained(single, dtype=torch.float16)
+
+
 def test_the_largest_finite_weights_do_not_warn(single, edit_weights):
     def widen(weights):
         weights["model.norm.weight"][:2] = torch.tensor([65504.0, -65504.0])

@@ -125,7 +125,8 @@ def load_weights(
             weight = fresh[name] = ours.to(device=device, dtype=dtype)
         else:
             weight = targets[name].copy_(ours)
-        finite[name] = _is_finite(weight)
+        # Of the two the narrower: there is less of it, and narrowing is what can overflow.
+        finite[name] = _is_finite(min(weight, stored, key=lambda tensor: tensor.itemsize))
         if weight is not stored:
             checkpoint.release(sources[name])
     model.load_state_dict(fresh, strict=False, assign=True)
