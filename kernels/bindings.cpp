@@ -35,6 +35,9 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
                   const Tensor& cache_pos);
 
+// sampling/sampling.cpp
+Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature);
+
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
 
@@ -46,5 +49,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

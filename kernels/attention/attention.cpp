@@ -41,6 +41,9 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
     check_dtype(*tensor, name, q.scalar_type());
     check_unit_stride(*tensor, name);
   }
+  TTF_CHECK(max_len < 1 << 27 && k_cache.stride(2) < 1 << 24 && v_cache.stride(2) < 1 << 24,
+            "k_cache has too many slots, or too far apart: ", max_len, " slots of stride ",
+            k_cache.stride(2));
   check_device(length, "length", q);
   check_dtype(length, "length", ScalarType::Long);
   TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
@@ -77,7 +80,7 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
     if (dense_mask.size(1) == 1) p.mask_stride[1] = 0;
   }
   p.scale = scale;
-  p.window = window.value_or(0);
+  p.window = static_cast<int>(window && *window < max_len ? *window : 0);
   p.batch = static_cast<int>(batch);
   p.heads = static_cast<int>(heads);
   p.kv_heads = static_cast<int>(kv_heads);

@@ -24,7 +24,7 @@ struct DecodeAttentionParams {
   const unsigned char* mask;  // bool [batch, heads, steps, max_len], unit last stride; or null
   int64_t mask_stride[3];     // 0 where one mask serves the whole batch, or all heads
   double scale;               // of the logits
-  int64_t window;             // slots that a query sees, itself included; 0: all
+  int window;                 // slots that a query sees, itself included; 0: all
   int batch, heads, kv_heads, steps, head_dim;
   int64_t max_len;
   DType dtype;

@@ -46,12 +46,13 @@ bool decode_attention_is_fast(const DecodeAttentionParams& p) {
 }
 
 int64_t plan_decode_attention(DecodeAttentionParams& p) {
-  // All blocks should run at once, or in waves that are nearly full: the fewest splits within 3%
-  // of the best use of the slots.
+  // All blocks should run at once, two per SM, or in waves that are nearly full: the fewest splits
+  // within 3% of the best use of the slots. Two blocks keep enough bytes under way; a third would
+  // only cut the keys into more parts to merge.
   const int64_t tiles = tile_count(p);
-  const int64_t slots =
-      static_cast<int64_t>(device_properties().num_sms) *
+  const int per_sm =
       with_head_dim(p.head_dim, [&](auto kernels) { return kernels.blocks_per_sm(p.dtype); });
+  const int64_t slots = static_cast<int64_t>(device_properties().num_sms) * (per_sm < 2 ? 1 : 2);
   const int64_t most = (p.max_len + kUnit * kAttnWarps - 1) / (kUnit * kAttnWarps);
   const auto use = [&](int64_t splits) {
     const int64_t blocks = tiles * splits, waves = (blocks + slots - 1) / slots;

@@ -22,8 +22,9 @@ constexpr int kRows = 16;        // query rows in a tile
 constexpr int kUnit = 16;        // keys in a unit
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
+constexpr int kCombineThreads = 256;
 
-// Slots of a warp's ring. Three blocks fit into an SM of 9.0 (two for D 256), one into 8.6's.
+// Slots of a warp's ring: two blocks fit into an SM of 9.0 or 8.0, one into 8.6's.
 template <int D>
 constexpr int kSlots = D == 64 ? 8 : D <= 96 ? 6 : D == 128 ? 4 : 2;
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
@@ -42,7 +43,7 @@ constexpr int kAttnShared = 2 * kAttnWarps * kRows * 4 +
 
 // The units of keys that one block reads.
 struct UnitRange {
-  int64_t begin, end;
+  int begin, end;
 };
 
 __device__ __forceinline__ int row_tiles(const DecodeAttentionParams& p) {
@@ -50,33 +51,33 @@ __device__ __forceinline__ int row_tiles(const DecodeAttentionParams& p) {
 }
 
 // Slots [first, last) that any row of the tile may see, in units.
-__device__ __forceinline__ UnitRange visible_units(const DecodeAttentionParams& p, int64_t length,
+__device__ __forceinline__ UnitRange visible_units(const DecodeAttentionParams& p, int length,
                                                    int row_tile) {
   const int group = p.heads / p.kv_heads;
   const int first_step = row_tile * kRows / group;
   const int last_step = min((row_tile * kRows + kRows - 1) / group, p.steps - 1);
-  const int64_t start = length - p.steps;  // the slot of step 0
-  const int64_t last = p.mask ? length : start + last_step + 1;
-  int64_t first = p.window ? start + first_step - p.window + 1 : 0;
-  first = first < 0 ? 0 : first;
+  const int start = length - p.steps;  // the slot of step 0
+  const int last = p.mask ? length : start + last_step + 1;
+  const int first = p.window ? max(start + first_step - p.window + 1, 0) : 0;
   if (last <= first) return {0, 0};
   return {first / kUnit, (last + kUnit - 1) / kUnit};
 }
 
 // How many of the splits have work: each warp of a split gets at least one unit.
 __device__ __forceinline__ int active_splits(const DecodeAttentionParams& p, UnitRange units) {
-  const int64_t wanted = (units.end - units.begin + kAttnWarps - 1) / kAttnWarps;
-  return static_cast<int>(wanted < 1 ? 1 : wanted < p.splits ? wanted : p.splits);
+  return min(max((units.end - units.begin + kAttnWarps - 1) / kAttnWarps, 1), p.splits);
 }
 
-__device__ __forceinline__ UnitRange units_of_split(UnitRange units, int split, int active) {
-  const int64_t n = units.end - units.begin;
-  return {units.begin + n * split / active, units.begin + n * (split + 1) / active};
+__device__ __forceinline__ UnitRange units_of_split(UnitRange units, unsigned split,
+                                                     unsigned active) {
+  const unsigned n = units.end - units.begin;
+  return {units.begin + static_cast<int>(n * split / active),
+          units.begin + static_cast<int>(n * (split + 1) / active)};
 }
 
-__device__ __forceinline__ int64_t filled_slots(const DecodeAttentionParams& p) {
-  const int64_t length = __ldcg(reinterpret_cast<const long long*>(p.length));
-  return length < 0 ? 0 : length < p.max_len ? length : p.max_len;
+__device__ __forceinline__ int filled_slots(const DecodeAttentionParams& p) {
+  const long long length = __ldcg(reinterpret_cast<const long long*>(p.length));
+  return static_cast<int>(length < 0 ? 0 : length < p.max_len ? length : p.max_len);
 }
 
 template <typename T, int D>
@@ -91,21 +92,9 @@ __global__ void __launch_bounds__(kAttnThreads)
   const T* k_head = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
   const T* v_head = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
 
-  // A hint only, so it does no harm that the length read here may be the one of the step before.
-  if (threadIdx.x == 0 && p.k_stride[2] == D && p.v_stride[2] == D) {
-    const UnitRange all = visible_units(p, filled_slots(p), row_tile);
-    const int active = active_splits(p, all);
-    const UnitRange mine = units_of_split(all, split, active);
-    const int64_t slots = (mine.end * kUnit < p.max_len ? mine.end * kUnit : p.max_len) -
-                          mine.begin * kUnit;
-    if (split < active && slots > 0) {
-      prefetch_l2(k_head + mine.begin * kUnit * D, static_cast<uint32_t>(slots * D * 2));
-      prefetch_l2(v_head + mine.begin * kUnit * D, static_cast<uint32_t>(slots * D * 2));
-    }
-  }
   wait_for_grid();
 
-  const int64_t length = filled_slots(p);
+  const int length = filled_slots(p);
   const UnitRange all = visible_units(p, length, row_tile);
   const int active = active_splits(p, all);
   if (split >= active) return;
@@ -114,7 +103,7 @@ __global__ void __launch_bounds__(kAttnThreads)
   // This lane's two rows of the tile, g and g + 8, and the slots that each may see.
   const int heads_per_group = p.heads / p.kv_heads;
   const int rows = min(kRows, heads_per_group * p.steps - row_tile * kRows);
-  int64_t first_slot[2], last_slot[2];  // [first, last)
+  int first_slot[2], last_slot[2];  // [first, last)
   const unsigned char* mask_row[2];
   const T* q_row[2];
 #pragma unroll
@@ -122,7 +111,7 @@ __global__ void __launch_bounds__(kAttnThreads)
     const int row = group_row + 8 * i;
     const int step = (row_tile * kRows + row) / heads_per_group;
     const int head = kv_head * heads_per_group + (row_tile * kRows + row) % heads_per_group;
-    const int64_t slot = length - p.steps + step;
+    const int slot = length - p.steps + step;
     last_slot[i] = row >= rows ? 0 : p.mask ? length : slot + 1;
     first_slot[i] = p.window ? slot - p.window + 1 : 0;
     mask_row[i] = p.mask && row < rows
@@ -139,20 +128,20 @@ __global__ void __launch_bounds__(kAttnThreads)
   float* stat_sum = stat_max + kAttnWarps * kRows;
   unsigned char* pool = shared + 2 * kAttnWarps * kRows * 4;
   const uint32_t ring = shared_address(pool) + warp * kSlots<D> * kSlotBytes<D>;
-  int64_t load_unit = mine.begin + warp;
+  int load_unit = mine.begin + warp;
   bool load_values = false;
   const auto load_item = [&](int slot) {
     if (load_unit < mine.end) {
-      const T* base = load_values ? v_head : k_head;
-      const int64_t stride = load_values ? p.v_stride[2] : p.k_stride[2];
+      const int first = load_unit * kUnit;
+      const int stride = static_cast<int>(load_values ? p.v_stride[2] : p.k_stride[2]);
+      const T* unit = (load_values ? v_head : k_head) + static_cast<int64_t>(first) * stride;
       constexpr int kPieces = D / 8;
 #pragma unroll
       for (int i = 0; i < kUnit * kPieces / 32; ++i) {
         const int row = (lane + 32 * i) / kPieces, piece = (lane + 32 * i) % kPieces;
-        const int64_t key = load_unit * kUnit + row;
-        const bool valid = key < length;
+        const bool valid = first + row < length;
         copy_async_16(ring + slot * kSlotBytes<D> + row * kRowBytes<D> + piece * 16,
-                      base + (valid ? key * stride + piece * 8 : 0), valid);
+                      unit + (valid ? row * stride + piece * 8 : 0), valid);
       }
       if (load_values) load_unit += kAttnWarps;
       load_values = !load_values;
@@ -180,7 +169,7 @@ __global__ void __launch_bounds__(kAttnThreads)
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);  // exp2 instead of exp
   int slot = 0;
   const auto next_slot = [&] { slot = slot + 1 == kSlots<D> ? 0 : slot + 1; };
-  for (int64_t unit = mine.begin + warp; unit < mine.end; unit += kAttnWarps) {
+  for (int unit = mine.begin + warp; unit < mine.end; unit += kAttnWarps) {
     // S = Q K^T: 16 rows by 16 keys.
     copy_async_wait<kSlots<D> - 1>();
     __syncwarp();
@@ -208,7 +197,7 @@ __global__ void __launch_bounds__(kAttnThreads)
       for (int t = 0; t < 2; ++t) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int64_t key = unit * kUnit + t * 8 + quad * 2 + j;
+          const int key = unit * kUnit + t * 8 + quad * 2 + j;
           const bool visible = key < last_slot[i] && key >= first_slot[i] &&
                                (mask_row[i] == nullptr || mask_row[i][key]);
           float& logit = s[t][2 * i + j];
@@ -315,57 +304,72 @@ __global__ void __launch_bounds__(kAttnThreads)
   }
 }
 
-// Adds up the splits of one query row. Grid: (heads * steps, batch). Block: as many groups of D / 4
-// threads as fit into 128 threads; each group takes every so-manieth split.
+// Adds up the splits of one query row. Grid: (heads * steps, batch). Block: groups of D / 4 threads;
+// each group takes every so-manieth split, in batches whose loads are all under way at once, and
+// the groups are merged in shared memory.
 template <typename T, int D>
-__global__ void __launch_bounds__(kAttnThreads)
+__global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
   launch_dependents();
-  constexpr int kLanes = D / 4, kGroups = kAttnThreads / kLanes;
-  __shared__ float4 sums[kGroups][kLanes];
+  constexpr int kLanes = D / 4, kGroups = kCombineThreads / kLanes, kBatch = 4;
+  __shared__ float4 outs[kGroups][kLanes];
+  __shared__ float2 stats[kGroups];
   const int heads_per_group = p.heads / p.kv_heads;
   const int head = blockIdx.x / p.steps, step = blockIdx.x % p.steps, batch = blockIdx.y;
-  const int kv_head = head / heads_per_group;
   const int row_in_group = step * heads_per_group + head % heads_per_group;
   const int row_tile = row_in_group / kRows, row = row_in_group % kRows;
-  const int64_t tile = (static_cast<int64_t>(batch) * p.kv_heads + kv_head) * row_tiles(p) + row_tile;
+  const int tile = (batch * p.kv_heads + head / heads_per_group) * row_tiles(p) + row_tile;
+  const int64_t first = static_cast<int64_t>(tile) * p.splits * kRows + row;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   wait_for_grid();
 
-  const int active = active_splits(p, visible_units(p, filled_slots(p), row_tile));
-  const int64_t first = tile * p.splits * kRows + row;
-  float maximum = -INFINITY;
-  for (int i = 0; i < active; ++i) maximum = fmaxf(maximum, __ldcg(&p.partial_stat[first + i * kRows]).x);
-
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  float4 total = {0.f, 0.f, 0.f, 0.f};
-  float sum = 0.f;
-  if (group < kGroups && maximum != -INFINITY) {
-#pragma unroll 4
-    for (int i = 0; i < active; ++i) {
-      const float2 stat = __ldcg(&p.partial_stat[first + i * kRows]);
-      sum += stat.y * exp2f(stat.x - maximum);
+  const int length = filled_slots(p);
+  float maximum = -INFINITY, sum = 0.f;
+  float4 out = {0.f, 0.f, 0.f, 0.f};
+  for (int i = group; i < p.splits; i += kBatch * kGroups) {
+    // Loaded whether the split has work or not: else the length would have to arrive first.
+    float2 stat[kBatch];
+    float4 part[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t at = first + min(i + j * kGroups, p.splits - 1) * kRows;
+      stat[j] = __ldcg(p.partial_stat + at);
+      part[j] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * D) + lane);
     }
-#pragma unroll 4
-    for (int i = group; i < active; i += kGroups) {
-      const int64_t at = first + i * kRows;
-      const float factor = exp2f(__ldcg(&p.partial_stat[at]).x - maximum);
-      const float4 v = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * D) + lane);
-      total = {fmaf(v.x, factor, total.x), fmaf(v.y, factor, total.y), fmaf(v.z, factor, total.z),
-               fmaf(v.w, factor, total.w)};
+    const int active = active_splits(p, visible_units(p, length, row_tile));
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * kGroups >= active || stat[j].x == -INFINITY) continue;
+      const float new_maximum = fmaxf(maximum, stat[j].x);
+      const float decay = exp2f(maximum - new_maximum), factor = exp2f(stat[j].x - new_maximum);
+      maximum = new_maximum;
+      sum = sum * decay + stat[j].y * factor;
+      out = {out.x * decay + part[j].x * factor, out.y * decay + part[j].y * factor,
+             out.z * decay + part[j].z * factor, out.w * decay + part[j].w * factor};
     }
   }
-  if (group < kGroups) sums[group][lane] = total;
+  if (group < kGroups) {
+    outs[group][lane] = out;
+    if (lane == 0) stats[group] = {maximum, sum};
+  }
   __syncthreads();
   if (group != 0) return;
-  for (int g = 1; g < kGroups; ++g) {
-    const float4 v = sums[g][lane];
-    total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) maximum = fmaxf(maximum, stats[g].x);
+  sum = 0.f;
+  out = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const float factor = stats[g].x == -INFINITY ? 0.f : exp2f(stats[g].x - maximum);
+    const float4 v = outs[g][lane];
+    sum += stats[g].y * factor;
+    out = {out.x + v.x * factor, out.y + v.y * factor, out.z + v.z * factor, out.w + v.w * factor};
   }
-  const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+  const float inverse = sum > 0.f ? 1.f / sum : 0.f;  // a row that sees nothing gives zeros
   T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
               step * p.out_stride[2] + lane * 4;
-  *reinterpret_cast<uint2*>(target) = {pack<T>(total.x * inverse, total.y * inverse),
-                                       pack<T>(total.z * inverse, total.w * inverse)};
+  *reinterpret_cast<uint2*>(target) = {pack<T>(out.x * inverse, out.y * inverse),
+                                       pack<T>(out.z * inverse, out.w * inverse)};
 }
 
 // Instantiated once per head dimension, each in a file of its own.
@@ -398,7 +402,8 @@ void DecodeAttention<D>::launch(const DecodeAttentionParams& p, cudaStream_t str
   launch_chained(kernel, dim3(p.splits, p.kv_heads * tiles, p.batch), kAttnThreads, kAttnShared<D>,
                  stream, p);
   if (p.splits > 1) {
-    launch_chained(combine, dim3(p.heads * p.steps, p.batch), kAttnThreads, 0, stream, p);
+    allow_shared_memory(combine, 0);
+    launch_chained(combine, dim3(p.heads * p.steps, p.batch), kCombineThreads, 0, stream, p);
   }
 }
 

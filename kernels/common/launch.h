@@ -5,6 +5,15 @@
 
 namespace torchtune_fused {
 
+// Whether launches run code that was compiled for 9.0, and not PTX of an older architecture.
+inline bool runs_sm90_code() {
+#ifdef TTF_HAS_SM90
+  return device_properties().arch == 90;
+#else
+  return false;
+#endif
+}
+
 // Launches a kernel that follows the rule of programmatic dependent launch (common/ptx.cuh).
 //
 // While the stream is being captured on a 9.0 GPU, the graph gets a programmatic edge: the kernel
@@ -24,19 +33,21 @@ void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-#ifdef TTF_HAS_SM90
-  if (device_properties().arch == 90) {
+  if (runs_sm90_code()) {
     cudaStreamCaptureStatus status;
     TTF_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
     config.numAttrs = status == cudaStreamCaptureStatusActive ? 1 : 0;
   }
-#endif
   TTF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...));
 }
 
-// Lets a kernel use more than 48 KB of dynamic shared memory; once per kernel and device.
+// Lets a kernel use so much dynamic shared memory, and asks for the largest share of L1 to be shared
+// memory, as all kernels of a chain do: an SM must run empty before it can change the division, so
+// kernels that differ in it never overlap.
 template <typename Kernel>
 void allow_shared_memory(Kernel* kernel, size_t bytes) {
+  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
   if (bytes > 48 * 1024) {
     TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(bytes)));

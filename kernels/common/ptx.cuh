@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // ---- Programmatic dependent launch (no-ops before 9.0) ------------------------------------------
 // The rule that all decode kernels keep: `launch_dependents` at the very top, and `wait_for_grid`
 // in every thread before it reads what another kernel wrote or writes anything at all. Only reads
-// of constants (weights) and prefetches into L2 may come earlier. Waiting returns when the grid
+// of constants (weights) may come earlier. Waiting returns when the grid
 // before has completed and its writes are visible; that grid waited in the same way, so all grids
 // before it have completed too, and a buffer of theirs may be overwritten.
 
@@ -28,14 +28,6 @@ __device__ __forceinline__ void launch_dependents() {
 __device__ __forceinline__ void wait_for_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Asks for `bytes` (a multiple of 16) of global memory to be brought into L2. A hint: it has no
-// effect on any result, whatever another kernel may be writing there.
-__device__ __forceinline__ void prefetch_l2(const void* pointer, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
 #endif
 }
 
@@ -99,7 +91,7 @@ template <>
 __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1,
                                                            uint32_t a2, uint32_t a3, uint32_t b0,
                                                            uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -110,7 +102,7 @@ template <>
 __device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], uint32_t a0, uint32_t a1,
                                                     uint32_t a2, uint32_t a3, uint32_t b0,
                                                     uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -84,6 +84,7 @@ void launch(const DecodeQkvParams& p, cudaStream_t stream) {
   launch_stream_linear<T>(p.in, QkvJob<T>{p}, tiles, stream);
   if (p.q_norm) {
     const int heads = p.in.tokens * (p.heads + p.kv_heads);
+    allow_shared_memory(head_norm_kernel<T>, 0);
     launch_chained(head_norm_kernel<T>, (heads + kHeadWarps - 1) / kHeadWarps, 32 * kHeadWarps, 0,
                    stream, p);
   }

@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kNormThreads)
 void launch_normalize_tokens(const TokensParams& p, cudaStream_t stream) {
   const auto kernel = p.dtype == DType::kFloat16 ? normalize_tokens_kernel<__half>
                                                  : normalize_tokens_kernel<__nv_bfloat16>;
+  allow_shared_memory(kernel, 0);
   launch_chained(kernel, p.tokens, kNormThreads, 0, stream, p);
 }
 

@@ -1,6 +1,6 @@
 // Weight-streaming linear for 1 to 16 tokens: the floor is the bytes of the weights.
 //
-// Grid: at most one block per SM, block b takes tiles b, b + gridDim, ... Block: 8 warps.
+// Grid: at most two blocks per SM, block b takes tiles b, b + gridDim, ... Block: 8 warps.
 // Tile: 8 pairs of weight rows, all of k. What a pair is, the Job says: rows 2i and 2i + 1, gate
 // and up, or the two rows that RoPE rotates together. Both sums of a pair meet in one thread.
 // The 8 warps split k: warp w takes the chunks of 64 with index w mod 8. Each warp streams its
@@ -28,10 +28,16 @@ constexpr int kPairs = 8;               // pairs of rows in a tile
 constexpr int kChunk = 64;              // k in one chunk
 constexpr int kChunkBytes = 2 * kChunk; // of one row
 constexpr int kStageBytes = 2 * kPairs * kChunkBytes;
-constexpr int kStages = 4;
-
+// Stages of a warp's ring. On 9.0 exactly two blocks fit into an SM, so that the blocks of kernels
+// that overlap spread evenly over the SMs; on 8.6 one block must do with 99 KB.
+constexpr int kStagesSm90 = 5, kStagesSm80 = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kStages = kStagesSm80;
+#else
+constexpr int kStages = kStagesSm90;
+#endif
 constexpr int kRingBytes = kWarps * kStages * kStageBytes;
-constexpr int kReduceBytes = 2 * kWarps * 32 * 16;  // per 8 tokens: two buffers of every warp's sums
+constexpr int kReduceBytes = 2 * kWarps * kPairs * 8;  // per token: two buffers of all warps' sums
 // A row of tokens in shared memory: whole chunks.
 __host__ __device__ constexpr int padded_k(int k) { return (k + kChunk - 1) / kChunk * kChunk; }
 
@@ -93,32 +99,32 @@ __device__ void stage_tokens(const TokensParams& p, uint32_t x_shared, uint32_t 
 //   void store(int tile, int pair, int token, float a, float b, const Operands&) const;
 template <typename T, typename Job, int kTokenTiles, bool kResident>
 __global__ void __launch_bounds__(kLinearThreads)
-    stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job,
-                         int prefetch_k) {
+    stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job) {
   launch_dependents();
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float partial[kMaxTokens * kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t ring = shared_address(shared) + warp * kStages * kStageBytes;
-  float4* reduce = reinterpret_cast<float4*>(shared + kRingBytes);
-  const uint32_t x_shared = shared_address(shared) + kRingBytes + kReduceBytes * kTokenTiles;
+  float2* reduce = reinterpret_cast<float2*>(shared + kRingBytes);  // [buffer][warp][token][pair]
+  const uint32_t x_shared = shared_address(shared) + kRingBytes + kReduceBytes * p.tokens;
   const uint32_t norm_shared = x_shared + p.tokens * padded_k(p.k) * 2;
 
   const int tiles = job.tiles();
   const int chunks = padded_k(p.k) / kChunk;
 
   // The producer: a lane brings pieces `lane % 8` of rows lane / 8 + {0, 4, 8, 12}.
-  int load_tile = blockIdx.x, load_chunk = warp;
+  int load_tile = warp < chunks ? static_cast<int>(blockIdx.x) : tiles;  // k may be short
+  int load_chunk = warp;
   const T* rows[4];
-  const auto find_rows = [&] {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 8 + 4 * i;
-      rows[i] = load_tile < tiles ? job.row(load_tile, row % kPairs, row / kPairs) : nullptr;
-    }
-  };
   const auto load_stage = [&](int stage) {
     if (load_tile < tiles) {
+      if (load_chunk == warp) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = lane / 8 + 4 * i;
+          rows[i] = job.row(load_tile, row % kPairs, row / kPairs);
+        }
+      }
       const int k = load_chunk * kChunk + lane % 8 * 8;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -131,13 +137,12 @@ __global__ void __launch_bounds__(kLinearThreads)
       if (load_chunk >= chunks) {
         load_chunk = warp;
         load_tile += gridDim.x;
-        find_rows();
       }
     }
     copy_async_commit();  // an empty group too, so that waiting counts stay the same
   };
 
-  // Before the grid ahead ends: the norm's weights, the first stages, and a hint for what follows.
+  // Before the grid ahead ends: the norm's weights and the first stages.
   if (kResident && p.norm_weight != nullptr) {
     for (int piece = threadIdx.x; piece < padded_k(p.k) / 8; piece += kLinearThreads) {
       const bool valid = piece * 8 < p.k;
@@ -145,21 +150,8 @@ __global__ void __launch_bounds__(kLinearThreads)
                     static_cast<const T*>(p.norm_weight) + (valid ? piece * 8 : 0), valid);
     }
   }
-  if (load_chunk >= chunks) load_tile = tiles;  // k is short: this warp has no chunk of any tile
-  find_rows();
-#pragma unroll
+#pragma unroll 1  // compact code: a kernel's instructions come from memory, too, as each one starts
   for (int stage = 0; stage < kStages; ++stage) load_stage(stage);
-  if (warp == kWarps - 1 && lane < 2 * kPairs) {
-    int k = kStages * kWarps * kChunk;  // so much of each row the rings hold
-    for (int tile = blockIdx.x; tile < tiles && prefetch_k > 0; tile += gridDim.x, k -= p.k) {
-      if (k >= p.k) continue;
-      const int first = k > 0 ? k : 0, count = min(p.k - first, prefetch_k) / 8 * 8;
-      const T* row = job.row(tile, lane % kPairs, lane / kPairs);
-      if (row != nullptr && count > 0) prefetch_l2(row + first, count * 2);
-      prefetch_k -= p.k - first;
-    }
-  }
-
   wait_for_grid();
   if constexpr (kResident) {
     copy_async_wait<kStages - 1>();  // the norm's weights came with the first group
@@ -168,14 +160,13 @@ __global__ void __launch_bounds__(kLinearThreads)
 
   const int group = lane / 4, quad = lane % 4;  // the row and the column pair of an mma fragment
   const uint32_t fragment = group * kChunkBytes + swizzle(group, quad);
-  const int out_pair = threadIdx.x / 8 % kPairs;  // what this thread stores, if anything
-  const int out_token = threadIdx.x / 64 * 8 + threadIdx.x / 2 % 4 * 2 + threadIdx.x % 2;
-  const bool stores = threadIdx.x < kTokenTiles * 64 && out_token < p.tokens;
+  const int out_token = threadIdx.x / kPairs, out_pair = threadIdx.x % kPairs;
+  const bool stores = out_token < p.tokens;  // this thread stores the sums of one pair
   int stage = 0, buffer = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     typename Job::Operands operands = {};
     if (stores) operands = job.load(tile, out_pair, out_token);
-    float sums[kTokenTiles][4] = {};
+    float sums[2][kTokenTiles][4] = {};  // of the two halves of chunks: two chains of mma
     for (int chunk = warp; chunk < chunks; chunk += kWarps) {
       uint4 x[kTokenTiles][2];
 #pragma unroll
@@ -214,9 +205,9 @@ __global__ void __launch_bounds__(kLinearThreads)
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
-          mma_16x8x16<T>(sums[t], a[half].x, b[half].x, a[half].y, b[half].y, x[t][half].x,
+          mma_16x8x16<T>(sums[half][t], a[half].x, b[half].x, a[half].y, b[half].y, x[t][half].x,
                          x[t][half].y);
-          mma_16x8x16<T>(sums[t], a[half].z, b[half].z, a[half].w, b[half].w, x[t][half].z,
+          mma_16x8x16<T>(sums[half][t], a[half].z, b[half].z, a[half].w, b[half].w, x[t][half].z,
                          x[t][half].w);
         }
       }
@@ -224,20 +215,26 @@ __global__ void __launch_bounds__(kLinearThreads)
 
     // Add up the warps' sums. Two buffers in turn: one barrier per tile is enough, because the
     // barrier of the next tile comes after this tile's reads and before the buffer's next use.
-    float4* mine = reduce + buffer * kWarps * kTokenTiles * 32;
+    float2* partials = reduce + buffer * kWarps * p.tokens * kPairs;
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
-      mine[(warp * kTokenTiles + t) * 32 + lane] = {sums[t][0], sums[t][1], sums[t][2], sums[t][3]};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int token = 8 * t + 2 * quad + j;
+        if (token < p.tokens) {
+          partials[(warp * p.tokens + token) * kPairs + group] = {
+              sums[0][t][j] + sums[1][t][j], sums[0][t][j + 2] + sums[1][t][j + 2]};
+        }
+      }
     }
     __syncthreads();
     if (stores) {
-      const float* value =
-          reinterpret_cast<const float*>(mine) + threadIdx.x / 2 * 4 + threadIdx.x % 2;
       float a = 0.f, b = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        a += value[w * kTokenTiles * 128];
-        b += value[w * kTokenTiles * 128 + 2];
+        const float2 sum = partials[(w * p.tokens + out_token) * kPairs + out_pair];
+        a += sum.x;
+        b += sum.y;
       }
       job.store(tile, out_pair, out_token, a, b, operands);
     }
@@ -249,17 +246,17 @@ __global__ void __launch_bounds__(kLinearThreads)
 // ---- Host ---------------------------------------------------------------------------------------
 
 inline int shared_bytes(const TokensParams& in, bool resident) {
+  const int ring = kWarps * kStageBytes * (runs_sm90_code() ? kStagesSm90 : kStagesSm80);
   const int tokens = resident ? in.tokens * padded_k(in.k) * 2 : 0;
   const int norm = resident && in.norm_weight ? padded_k(in.k) * 2 : 0;
-  return kRingBytes + kReduceBytes * (in.tokens <= 8 ? 1 : 2) + tokens + norm;
+  return ring + kReduceBytes * in.tokens + tokens + norm;
 }
 
-// Whether a block keeps the tokens in shared memory. On 9.0 two blocks must fit into an SM, or no
-// kernel could start while the one ahead of it runs.
+// Whether a block keeps the tokens in shared memory. On 9.0 two blocks must fit into an SM.
 inline bool tokens_are_resident(const TokensParams& in) {
-  const DeviceProperties& device = device_properties();
-  const int budget = device.arch == 90 ? 112 * 1024 : device.max_shared_per_block - 1024;
-  return shared_bytes(in, true) <= budget;
+  constexpr int kStaticBytes = 1024;
+  const int limit = runs_sm90_code() ? 113 * 1024 : device_properties().max_shared_per_block;
+  return shared_bytes(in, true) <= limit - kStaticBytes;
 }
 
 template <typename T, typename Job>
@@ -276,11 +273,13 @@ void launch_stream_linear(TokensParams in, const Job& job, int tiles, cudaStream
                       : one    ? stream_linear_kernel<T, Job, 1, false>
                                : stream_linear_kernel<T, Job, 2, false>;
   const int bytes = shared_bytes(in, resident);
-  const int blocks = tiles < device_properties().num_sms ? tiles : device_properties().num_sms;
-  constexpr int kPrefetchBytes = 64 * 1024;  // of L2, by each block, beyond its rings
   allow_shared_memory(kernel, bytes);
-  launch_chained(kernel, blocks, kLinearThreads, bytes, stream, in, job,
-                 kPrefetchBytes / (2 * kPairs * 2));
+  int per_sm = 0;
+  TTF_CUDA_CHECK(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kLinearThreads, bytes));
+  const int slots = device_properties().num_sms * (per_sm < 2 ? 1 : 2);
+  const int blocks = tiles < slots ? tiles : slots;
+  launch_chained(kernel, blocks, kLinearThreads, bytes, stream, in, job);
 }
 
 }  // namespace torchtune_fused

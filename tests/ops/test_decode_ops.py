@@ -1,0 +1,105 @@
+"""The ops of a decoding step as they run without a GPU: against torch's own layers, and opcheck."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchtune_fused.ops import rope
+from torchtune_fused.ops.decode_gated import decode_gated
+from torchtune_fused.ops.decode_linear import decode_linear
+from torchtune_fused.ops.decode_qkv import decode_qkv
+from torchtune_fused.ops.decode_sample import _philox, decode_sample
+
+OPS = torch.ops.torchtune_fused
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_linear():
+    x, weight, bias, residual = (torch.randn(s) for s in [(3, 1, 24), (10, 24), (10,), (3, 1, 10)])
+    scale = torch.rand(24)
+    out = decode_linear(x, weight, bias, residual=residual, norm_weight=scale, eps=1e-5)
+    expected = F.linear(F.rms_norm(x, (24,), scale, 1e-5), weight, bias) + residual
+    torch.testing.assert_close(out, expected)
+    torch.library.opcheck(OPS.decode_linear.default, (x, weight, bias, residual, scale, 1e-5, True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
+def test_gated(activation):
+    x, gate, up = (torch.randn(s) for s in [(2, 3, 24), (10, 24), (10, 24)])
+    act = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "relu": F.relu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    }[activation]
+    out = decode_gated(x, gate, up, activation=activation)
+    torch.testing.assert_close(out, act(x @ gate.T) * (x @ up.T))
+    arguments = (x, gate, up, None, None, torch.rand(24), 1e-6, activation)
+    torch.library.opcheck(OPS.decode_gated.default, arguments)
+
+
+@pytest.mark.parametrize("norm_before_rope", [False, True])
+def test_qkv_appends_to_the_cache(norm_before_rope):
+    b, s, h, h_kv, d, k, max_len, start = 2, 3, 4, 2, 8, 24, 9, 4
+    x, wq, wk, wv = (torch.randn(n) for n in [(b, s, k), (h * d, k), (h_kv * d, k), (h_kv * d, k)])
+    caches = [torch.full((b + 1, h_kv, max_len, d), torch.nan) for _ in range(2)]
+    cache_pos, scales = torch.arange(start, start + max_len), (torch.rand(d), torch.rand(d))
+    tables = torch.rand(20, d // 2), torch.rand(20, d // 2)
+    q = decode_qkv(
+        x,
+        wq,
+        wk,
+        wv,
+        *caches,
+        cache_pos,
+        rope=tables,
+        interleaved=False,
+        head_norms=scales,
+        norm_before_rope=norm_before_rope,
+    )
+
+    def expected(weight, scale):
+        heads = (x @ weight.T).view(b, s, -1, d)
+        if norm_before_rope:
+            heads = F.rms_norm(heads, (d,), scale, 1e-6)
+        heads = rope(heads, *tables, cache_pos[:s], interleaved=False)
+        if not norm_before_rope:
+            heads = F.rms_norm(heads, (d,), scale, 1e-6)
+        return heads.transpose(1, 2)
+
+    new = slice(start, start + s)
+    values = (x @ wv.T).view(b, s, h_kv, d).transpose(1, 2)
+    torch.testing.assert_close(q, expected(wq, scales[0]))
+    torch.testing.assert_close(caches[0][:b, :, new], expected(wk, scales[1]))
+    torch.testing.assert_close(caches[1][:b, :, new], values)
+    for cache in caches:
+        cache[:b, :, new] = torch.nan
+        assert cache.isnan().all()
+    assert cache_pos[0] == start
+
+    arguments = (x, wq, wk, wv, None, None, None, None, 1e-6, *tables, None, True, None, None)
+    torch.library.opcheck(OPS.decode_qkv.default, (*arguments, 1e-6, False, *caches, cache_pos))
+    with pytest.raises(ValueError, match="the cache is full: 7 of 9"):
+        decode_qkv(x, wq, wk, wv, *caches, cache_pos + 3)
+
+
+def test_philox_gives_the_known_answers_of_its_authors():
+    ones, zeros = torch.tensor(0xFFFFFFFF), torch.tensor(0)
+    known = [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert [int(word) for word in _philox([ones] * 4, [ones] * 2)] == known
+    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(word) for word in _philox([zeros] * 4, [zeros] * 2)] == known
+
+
+def test_sampling():
+    logits, rng = torch.zeros(2, 1000), torch.tensor([11, 0])
+    first, second = decode_sample(logits, rng), decode_sample(logits, rng)
+    assert rng.tolist() == [11, 2] and not torch.equal(first, second)
+    assert torch.equal(decode_sample(logits, torch.tensor([11, 0])), first)
+    logits[:, 77] = 1
+    assert decode_sample(logits, rng, temperature=0.0).tolist() == [77, 77]
+    torch.library.opcheck(OPS.decode_sample.default, (logits, rng, 0.7))
