@@ -9,21 +9,22 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torchtune import config, training, utils
+from torchtune import training
 from torchtune.generation import generate as torchtune_generate
 from torchtune.generation import generate_next_token
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
-from torchtune_fused import ShardTransformerDecoder, generate, patch_model
+from torchtune_fused import generate
 from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_model import device_and_dtype, load_model
+from torchtune_fused.recipe_timing import race
 
 Figures = dict[str, dict[str, float]]
 
@@ -33,15 +34,14 @@ def main(cfg: DictConfig) -> None:
     """Measure torchtune-fused beside its peers; key=value overrides any key of the config.
 
     checkpoint     folder of the model; or null, to build `model` with random weights
-    device, dtype  cuda or cpu; fp32, bf16 or fp16
+    device, dtype  auto, cuda or cpu; fp32, bf16 or fp16
     sections       any of decode, train, first_token
     rounds         each figure is the median of so many; the systems take turns, so that a machine
                    that slows down slows all of them
     compile        whether torchtune compiled is among the peers
     output         a JSON file to write, or null
     """
-    device = utils.get_device(cfg.device)
-    dtype = training.get_dtype(cfg.dtype, device)
+    device, dtype = device_and_dtype(cfg)
     figures: Figures = {}
     for name in cfg.sections:
         if name not in SECTIONS:
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
 def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures:
     """Tokens per second of greedy decoding after a prompt; the prefill is not counted."""
     batch, prompt_len, new = (cfg.decode[k] for k in ("batch_size", "prompt_tokens", "new_tokens"))
-    stock, fused = (load(cfg, device, dtype, patch=patch).eval() for patch in (False, True))
+    stock, fused = (load_model(cfg, device, dtype, patch=patch).eval() for patch in (False, True))
     prompt = torch.randint(
         0, stock.tok_embeddings.num_embeddings, (batch, prompt_len), device=device
     )
@@ -83,8 +83,8 @@ def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures
     systems["torchtune-fused"] = lambda tokens: generate(fused, prompt, max_new_tokens=tokens)
 
     with torch.inference_mode():
-        whole = race({who: lambda r=r: r(new) for who, r in systems.items()}, cfg, device, "decode")
-        first = race({who: lambda r=r: r(1) for who, r in systems.items()}, cfg, device, "prefill")
+        whole = race({w: lambda r=r: r(new) for w, r in systems.items()}, cfg.rounds, "decode")
+        first = race({w: lambda r=r: r(1) for w, r in systems.items()}, cfg.rounds, "prefill")
     steps = {who: (whole[who] - first[who]) / (new - 1) for who in systems}
     work = f"decode {batch} x {new} after {prompt_len}"
     figures = {f"{work}, tok/s": {who: batch / s for who, s in steps.items()}}
@@ -100,7 +100,7 @@ def train(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures:
     batch, seq_len = cfg.train.batch_size, cfg.train.seq_len
 
     def stepper(*, patch: bool, compiled: bool = False) -> Callable[[], None]:
-        model = load(cfg, device, dtype, patch=patch).train()
+        model = load_model(cfg, device, dtype, patch=patch).train()
         if compiled:
             training.compile_model(model, verbose=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -120,7 +120,7 @@ def train(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures:
     if cfg.compile:
         systems["torchtune compiled"] = stepper(patch=False, compiled=True)
     systems["torchtune-fused"] = stepper(patch=True)
-    seconds = race(systems, cfg, device, "train")
+    seconds = race(systems, cfg.rounds, "train")
     tokens = batch * seq_len
     return {f"train {batch} x {seq_len}, tok/s": {w: tokens / s for w, s in seconds.items()}}
 
@@ -144,8 +144,8 @@ def first_token(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Fi
     clock = "import torch, time; start = time.perf_counter()"
     times: dict[str, list[float]] = {who: [] for who in programs}
     for _ in tqdm(range(cfg.rounds), desc="first token", disable=None):
-        for who, (imports, load_model, run) in programs.items():
-            source = [imports, clock, load_model, run, "print(time.perf_counter() - start)"]
+        for who, (imports, load, run) in programs.items():
+            source = [imports, clock, load, run, "print(time.perf_counter() - start)"]
             command = [sys.executable, "-c", "\n".join(source)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             times[who].append(float(done.stdout.split()[-1]))
@@ -153,40 +153,6 @@ def first_token(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Fi
 
 
 SECTIONS = {"decode": decode, "train": train, "first_token": first_token}
-
-
-def load(
-    cfg: DictConfig, device: torch.device, dtype: torch.dtype, *, patch: bool
-) -> TransformerDecoder:
-    """The model of the config, on stock torchtune modules or on fused ones."""
-    if cfg.checkpoint is not None:
-        return ShardTransformerDecoder.from_pretrained(
-            expand_path(cfg.checkpoint), dtype=dtype, device=device, patch=patch
-        )
-    torch.manual_seed(cfg.seed)
-    with training.set_default_dtype(dtype), device:
-        model = config.instantiate(cfg.model)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.02)
-    if patch:
-        patch_model(model)
-    return model
-
-
-def race(
-    systems: dict[str, Callable[[], object]], cfg: DictConfig, device: torch.device, title: str
-) -> dict[str, float]:
-    """Median seconds of each system over rounds in which they take turns, after two warm-ups."""
-    times: dict[str, list[float]] = {who: [] for who in systems}
-    for _ in tqdm(range(cfg.rounds + 2), desc=title, disable=None):
-        for who, run in systems.items():
-            utils.get_torch_device_namespace().synchronize()
-            start = time.perf_counter()
-            run()
-            utils.get_torch_device_namespace().synchronize()
-            times[who].append(time.perf_counter() - start)
-    return {who: statistics.median(seconds[2:]) for who, seconds in times.items()}
 
 
 def step_bytes(model: TransformerDecoder, batch: int, length: int) -> int:

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import config, training, utils
+from torchtune import config
 from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.generation import Sampler, TextStream, stream
 from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_model import device_and_dtype
 from torchtune_fused.shard.pipeline import Pipeline
 
 
@@ -76,15 +77,6 @@ def main(cfg: DictConfig) -> None:
         write_speed(prompt_tokens, answers, seconds, peak_memory(device, processes))
     if processes > 1:
         dist.destroy_process_group()
-
-
-def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of the config, if this machine has them."""
-    try:
-        device = utils.get_device(None if cfg.device == "auto" else cfg.device)
-        return device, training.get_dtype(cfg.dtype, device)
-    except RuntimeError as error:
-        raise ValueError(f"device={cfg.device} dtype={cfg.dtype}: {error}") from error
 
 
 def read_prompts(cfg: DictConfig) -> list[str] | list[list[dict[str, str]]]:
