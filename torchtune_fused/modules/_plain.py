@@ -6,30 +6,35 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether calling ``module`` runs ``cls.forward`` and nothing else.
+    """Whether calling ``module`` runs ``cls.forward`` on ordinary tensors and nothing else.
 
-    Subclasses (LoRA, quantised or parametrised layers), hooks and a ``forward`` put on the instance
-    are not plain: such a module has to be called.
+    Subclasses (LoRA, quantised or parametrised layers), hooks, a ``forward`` put on the instance
+    and tensor subclasses (DTensor, torchao) are not plain: such a module has to be called.
     """
-    return not (
-        type(module) is not cls
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
+    if type(module) is not cls:
+        return False
+    state = module.__dict__
+    if (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or "forward" in state
         or _has_any_global_hook()
-    )
+    ):
+        return False
+    for parameter in state["_parameters"].values():
+        if parameter is not None and not is_plain_tensor(parameter):
+            return False
+    return True
 
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of an ``nn.Linear``, if using them comes to the same as calling it."""
     if not is_plain(module, nn.Linear):
         return None
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if is_plain_tensor(weight) and (bias is None or is_plain_tensor(bias)):
-        return weight, bias
-    return None
+    parameters = module.__dict__["_parameters"]
+    return parameters["weight"], parameters["bias"]
 
 
 def is_plain_tensor(x: Tensor) -> bool:

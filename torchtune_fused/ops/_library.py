@@ -14,6 +14,9 @@ from torchtune_fused.build import load_kernels
 
 LIBRARY = torch.library.Library("torchtune_fused", "DEF")
 
+# By name: the op, and the function that is its kernel on the CPU.
+_ops: dict[str, tuple[torch._ops.OpOverload, Callable]] = {}
+
 
 def define_op(schema: str, cpu: Callable | None = None) -> Callable[[Callable], Callable]:
     """Declares an op by its schema, with the decorated function as its reference.
@@ -31,6 +34,7 @@ def define_op(schema: str, cpu: Callable | None = None) -> Callable[[Callable], 
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, cpu or reference, "CPU")
         LIBRARY.impl(name, _loading_kernels(reference), "CompositeExplicitAutograd")
+        _ops[name] = getattr(torch.ops.torchtune_fused, name).default, cpu or reference
         return reference
 
     return register
@@ -80,16 +84,21 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     )
 
 
-def call(op: torch._ops.OpOverload, *args):
-    """Runs a differentiable op; straight, when no gradient is wanted.
+def call(name: str, *args):
+    """Runs an op; on the CPU straight, when neither autograd nor a tracer has to see it.
 
-    Autograd formulas written in Python cost a detour through Python on every call, which a decoding
-    step would feel.
+    The way from Python through the dispatcher back to Python costs as much as the op itself for the
+    few tokens of a decoding step.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    op, on_cpu = _ops[name]
+    if (
+        args[0].is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        return on_cpu(*args)
+    return op(*args)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -100,6 +109,17 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def unit_stride(x: Tensor) -> Tensor:
     """``x`` with its last dimension dense, as the attention kernels read rows; rarely a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_tensor(
+    op: str, name: str, x: Tensor, shape: Sequence[int], like_name: str, like: Tensor
+) -> None:
+    """Raises unless ``x`` has a shape and the dtype and device of ``like``."""
+    # In one function, and calling others only to complain: decoding does this for every argument.
+    if x.shape != shape:
+        check_shape(op, name, x, shape)
+    if x.dtype != like.dtype or x.device != like.device:
+        check_like(op, name, x, like_name, like)
 
 
 def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int]) -> None:

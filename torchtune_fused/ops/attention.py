@@ -14,8 +14,7 @@ from torchtune_fused.ops._library import (
     call,
     check_device,
     check_floating,
-    check_like,
-    check_shape,
+    check_tensor,
     define_op,
     register_autograd,
     unit_stride,
@@ -67,8 +66,7 @@ def attention(
     window = check_window("attention", window, s_kv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    op = torch.ops.torchtune_fused.attention.default
-    return call(op, q, k, v, mask, causal, scale, window)[0]
+    return call("attention", q, k, v, mask, causal, scale, window)[0]
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -83,17 +81,15 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{op}: q, k and v must have shape [b, heads, s, d], got {list(q.shape)} for q and "
             f"{list(k.shape)} for k"
         )
+    (b, h, s, d), (_, h_kv, s_kv, _) = q.shape, k.shape
     check_floating(op, "q", q)
-    check_like(op, "k", k, "q", q)
-    check_like(op, "v", v, "q", q)
-    check_shape(op, "k", k, (q.shape[0], *k.shape[1:3], q.shape[3]))
-    check_shape(op, "v", v, k.shape)
-    if q.shape[1] % k.shape[1] != 0:
+    check_tensor(op, "k", k, (b, h_kv, s_kv, d), "q", q)
+    check_tensor(op, "v", v, k.shape, "q", q)
+    if h % h_kv != 0:
         raise ValueError(
-            f"{op}: the heads of q must be a multiple of those of k, got {q.shape[1]} and "
-            f"{k.shape[1]}"
+            f"{op}: the heads of q must be a multiple of those of k, got {h} and {h_kv}"
         )
-    if q.shape[2] == 0 or k.shape[2] == 0:
+    if s == 0 or s_kv == 0:
         raise ValueError(f"{op}: q and k must have at least one token each")
 
 

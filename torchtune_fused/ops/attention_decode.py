@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torchtune_fused.ops._library import (
     LIBRARY,
+    call,
     check_device,
     check_floating,
-    check_like,
-    check_shape,
+    check_tensor,
     define_op,
     unit_stride,
 )
@@ -73,15 +73,12 @@ def attention_decode(
         )
     if q.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad()")
+    (b, h, s, d), (capacity, h_kv, max_len, _) = q.shape, k_cache.shape
     check_floating(op, "q", q)
-    check_like(op, "k_cache", k_cache, "q", q)
-    check_like(op, "v_cache", v_cache, "q", q)
-    b, h, s, d = q.shape
-    capacity, h_kv, max_len, _ = k_cache.shape
+    check_tensor(op, "k_cache", k_cache, (capacity, h_kv, max_len, d), "q", q)
+    check_tensor(op, "v_cache", v_cache, k_cache.shape, "q", q)
     if capacity < b:
         raise ValueError(f"{op}: k_cache has {capacity} rows, too few for a batch of {b}")
-    check_shape(op, "k_cache", k_cache, (capacity, h_kv, max_len, d))
-    check_shape(op, "v_cache", v_cache, k_cache.shape)
     if h % h_kv != 0:
         raise ValueError(
             f"{op}: the heads of q must be a multiple of those of k_cache, got {h} and {h_kv}"
@@ -98,9 +95,7 @@ def attention_decode(
     window = check_window(op, window, max_len)
     scale = d**-0.5 if scale is None else scale
     q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
-    return torch.ops.torchtune_fused.attention_decode(
-        q, k_cache, v_cache, length, mask, scale, window
-    )
+    return call("attention_decode", q, k_cache, v_cache, length, mask, scale, window)
 
 
 def _cpu(q, k_cache, v_cache, length, mask, scale, window):

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, check_device, check_like, check_shape, define_op
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    call,
+    check_device,
+    check_shape,
+    check_tensor,
+    define_op,
+)
 
 
 def kv_cache_update(
@@ -29,19 +36,16 @@ def kv_cache_update(
         raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad()")
     capacity, h_kv, max_len, d = k_cache.shape
     b, _, s, _ = k.shape
-    check_shape(op, "v_cache", v_cache, k_cache.shape)
+    check_tensor(op, "v_cache", v_cache, k_cache.shape, "k_cache", k_cache)
+    check_tensor(op, "k", k, (b, h_kv, s, d), "k_cache", k_cache)
+    check_tensor(op, "v", v, k.shape, "k_cache", k_cache)
     check_shape(op, "cache_pos", cache_pos, (max_len,))
-    check_shape(op, "k", k, (b, h_kv, s, d))
-    check_shape(op, "v", v, k.shape)
-    check_like(op, "v_cache", v_cache, "k_cache", k_cache)
-    check_like(op, "k", k, "k_cache", k_cache)
-    check_like(op, "v", v, "k_cache", k_cache)
     check_device(op, "cache_pos", cache_pos, "k_cache", k_cache)
     if b > capacity:
         raise ValueError(f"{op}: the cache has {capacity} rows, too few for a batch of {b}")
     if s > max_len:
         raise ValueError(f"{op}: {s} tokens don't fit into a cache of {max_len} slots")
-    torch.ops.torchtune_fused.kv_cache_update(k_cache, v_cache, cache_pos, k, v)
+    call("kv_cache_update", k_cache, v_cache, cache_pos, k, v)
 
 
 def _cpu(k_cache, v_cache, cache_pos, k, v):

@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     check_floating("rms_norm", "weight", weight)
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
     check_device("rms_norm", "weight", weight, "x", x)
-    return call(torch.ops.torchtune_fused.rms_norm.default, x, weight, eps)[0]
+    return call("rms_norm", x, weight, eps)[0]
 
 
 # rstd, [...] in fp32, is the reciprocal of the root mean square of each row.
@@ -50,7 +50,8 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # The norm reads x once and keeps nothing of its size, where x.square().mean() would.
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (wide * rstd).mul_(weight).to(x.dtype), rstd.squeeze(-1)
+    y = (wide * rstd).mul_(weight).to(x.dtype)
+    return y, rstd.squeeze_(-1)
 
 
 @define_op(

@@ -14,6 +14,7 @@ from torchtune_fused.ops._library import (
     check_device,
     check_floating,
     check_shape,
+    check_tensor,
     define_op,
     register_autograd,
 )
@@ -51,9 +52,8 @@ def rope(
     max_seq_len = cos.shape[0]
     check_floating("rope", "cos", cos)
     check_shape("rope", "cos", cos, (max_seq_len, d // 2))
-    check_shape("rope", "sin", sin, cos.shape)
     check_device("rope", "cos", cos, "x", x)
-    check_device("rope", "sin", sin, "x", x)
+    check_tensor("rope", "sin", sin, cos.shape, "cos", cos)
     if input_pos is None:
         if s > max_seq_len:
             raise ValueError(
@@ -69,23 +69,7 @@ def rope(
                 f"got shape {list(input_pos.shape)}"
             )
         check_device("rope", "input_pos", input_pos, "x", x)
-    op = torch.ops.torchtune_fused.rope.default
-    return call(op, x, cos, sin, input_pos, interleaved, False)
-
-
-def _rows(table: Tensor, s: int, input_pos: Tensor | None) -> Tensor:
-    """A table's row for each token, as ``[s, 1, d / 2]`` or ``[1 or b, s, 1, d / 2]``."""
-    if input_pos is None:
-        rows = table[:s]
-    else:
-        try:
-            rows = table.index_select(0, input_pos.reshape(-1)).view(-1, s, table.shape[1])
-        except IndexError:
-            raise ValueError(
-                f"rope: input_pos has positions from {int(input_pos.min())} to "
-                f"{int(input_pos.max())}, but cos and sin are for 0 to {table.shape[0] - 1}"
-            ) from None
-    return at_least_fp32(rows).unsqueeze(-2)
+    return call("rope", x, cos, sin, input_pos, interleaved, False)
 
 
 @define_op(
@@ -95,21 +79,40 @@ def _rows(table: Tensor, s: int, input_pos: Tensor | None) -> Tensor:
 def _rope(
     x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, interleaved: bool, inverse: bool
 ) -> Tensor:
-    s, wide = x.shape[1], at_least_fp32(x.contiguous())
-    cos, sin = _rows(cos, s, input_pos), _rows(sin, s, input_pos)
+    s, d = x.shape[1], x.shape[3]
+    wide = at_least_fp32(x.contiguous())
+    if input_pos is None:
+        cos, sin = cos[:s], sin[:s]
+    else:
+        cos, sin = _gather(cos, sin, input_pos)
+    cos, sin = at_least_fp32(cos), at_least_fp32(sin)
     if inverse:
         sin = -sin
     if interleaved:
         # A pair is a complex number and the rotation one product: a single pass over x.
-        pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
-        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).view(x.shape)
+        turn = torch.complex(cos, sin).view(-1, s, 1, d // 2)
+        pairs = torch.view_as_complex(wide.view(*x.shape[:3], d // 2, 2))
+        rotated = torch.view_as_real(pairs * turn).view(x.shape)
     else:
+        cos, sin = cos.view(-1, s, 1, d // 2), sin.view(-1, s, 1, d // 2)
         first, second = wide.chunk(2, dim=-1)
         rotated = wide * torch.cat((cos, cos), dim=-1)
         rotated_first, rotated_second = rotated.chunk(2, dim=-1)
         rotated_first.addcmul_(second, sin, value=-1)
         rotated_second.addcmul_(first, sin)
     return rotated.to(x.dtype)
+
+
+def _gather(cos: Tensor, sin: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each token's position."""
+    positions = input_pos.reshape(-1)
+    try:
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+    except IndexError:
+        raise ValueError(
+            f"rope: input_pos has positions from {int(positions.min())} to "
+            f"{int(positions.max())}, but cos and sin are for 0 to {cos.shape[0] - 1}"
+        ) from None
 
 
 @torch.library.register_fake("torchtune_fused::rope", lib=LIBRARY)
