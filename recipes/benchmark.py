@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures:
-    """Tokens per second of greedy decoding after a prompt; the prefill is not counted."""
+    """Tokens per second of decoding after a prompt; the prefill is not counted."""
     batch, prompt_len, new = (cfg.decode[k] for k in ("batch_size", "prompt_tokens", "new_tokens"))
     stock, fused = (load_model(cfg, device, dtype, patch=patch).eval() for patch in (False, True))
     prompt = torch.randint(
@@ -60,7 +60,7 @@ def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures
     with device:
         for model in (stock, fused):
             model.setup_caches(batch, dtype, decoder_max_seq_len=prompt_len + new)
-    options = {"pad_id": -1, "temperature": 0.0, "top_k": 1}
+    sampling = {"temperature": cfg.decode.temperature, "top_k": cfg.decode.top_k}
 
     def torchtune(model, step=None):
         def run(tokens: int) -> None:
@@ -69,8 +69,9 @@ def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures
                 model,
                 prompt,
                 max_generated_tokens=tokens,
+                pad_id=-1,
                 custom_generate_next_token=step,
-                **options,
+                **sampling,
             )
 
         return run
@@ -80,7 +81,9 @@ def decode(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> Figures
         compiled = torch.compile(generate_next_token, mode="max-autotune", fullgraph=True)
         systems["torchtune compiled"] = torchtune(stock, compiled)
     systems["torchtune, patched"] = torchtune(fused)
-    systems["torchtune-fused"] = lambda tokens: generate(fused, prompt, max_new_tokens=tokens)
+    systems["torchtune-fused"] = lambda tokens: generate(
+        fused, prompt, max_new_tokens=tokens, **sampling
+    )
 
     with torch.inference_mode():
         whole = race({w: lambda r=r: r(new) for w, r in systems.items()}, cfg.rounds, "decode")

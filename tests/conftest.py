@@ -18,6 +18,7 @@ def smollm2() -> Path:
     return demo_model()
 
 
+@pytest.hookimpl(trylast=True)  # after the hook of tests/gpu, which marks its tests
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

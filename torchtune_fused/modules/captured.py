@@ -46,7 +46,9 @@ class CapturedCall:
         return self._output
 
     def _capture(self, inputs: tuple[Tensor | None, ...]) -> None:
-        static = tuple(None if x is None else x.clone() for x in inputs)
+        # A call in inference mode may be followed by one outside, which must write to these too.
+        with torch.inference_mode(False):
+            static = tuple(None if x is None else x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using CUDA (a data loader pinning memory, say).
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

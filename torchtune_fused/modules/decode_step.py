@@ -30,6 +30,12 @@ class DecodeStep:
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         self._decoder = decoder
+        # Layers share their rotary embeddings. A model cast to bf16 has cast their tables too.
+        self._rope: dict[nn.Module | None, tuple | None] = {}
+        for layer in decoder.layers:
+            module = layer.attn.pos_embeddings
+            if module not in self._rope:
+                self._rope[module] = None if module is None else _fp32_tables(module)
 
     @staticmethod
     def obstacle(decoder: TransformerDecoder) -> str | None:
@@ -58,7 +64,7 @@ class DecodeStep:
             Tensor: The hidden state after the last layer, of the same shape.
         """
         for layer in self._decoder.layers:
-            h = _run_layer(layer, h, mask, input_pos)
+            h = _run_layer(layer, h, mask, input_pos, self._rope[layer.attn.pos_embeddings])
         positions = [layer.attn.kv_cache.cache_pos for layer in self._decoder.layers]
         torch._foreach_add_(positions, h.shape[1])
         return h
@@ -80,11 +86,20 @@ class DecodeStep:
         return decode_linear(h, weight, bias, norm_weight=norm.scale, eps=norm.eps, fp32_out=True)
 
 
+def _fp32_tables(module: nn.Module) -> tuple[Tensor, Tensor, bool]:
+    cos, sin, interleaved = rope_tables(module)
+    return cos.float(), sin.float(), interleaved
+
+
 def _run_layer(
-    layer: TransformerSelfAttentionLayer, h: Tensor, mask: Tensor | None, input_pos: Tensor | None
+    layer: TransformerSelfAttentionLayer,
+    h: Tensor,
+    mask: Tensor | None,
+    input_pos: Tensor | None,
+    rope: tuple[Tensor, Tensor, bool] | None,
 ) -> Tensor:
     attn, mlp, cache, s = layer.attn, layer.mlp, layer.attn.kv_cache, h.shape[1]
-    cos, sin, interleaved = rope_tables(attn.pos_embeddings) or (None, None, True)
+    *tables, interleaved = rope or (True,)
     projections = (attn.q_proj, attn.k_proj, attn.v_proj)
     q = decode_qkv(
         h,
@@ -95,7 +110,7 @@ def _run_layer(
         biases=None if attn.q_proj.bias is None else tuple(p.bias for p in projections),
         norm_weight=layer.sa_norm.scale,
         eps=layer.sa_norm.eps,
-        rope=None if cos is None else (cos, sin),
+        rope=tuple(tables) or None,
         input_pos=input_pos,
         interleaved=interleaved,
         head_norms=None if attn.q_norm is None else (attn.q_norm.scale, attn.k_norm.scale),

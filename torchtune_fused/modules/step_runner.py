@@ -1,6 +1,7 @@
 """Decoding steps as replays of one captured CUDA graph."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ class StepRunner:
     """
 
     def __init__(self) -> None:
-        self._call: CapturedCall | None = None
-        self._key: tuple | None = None
         self._layout: _Layout | None = None
+        self._step: Callable[..., Tensor] | None = None  # None: something is in the way
+        self._calls: dict[tuple, CapturedCall] = {}  # by the shapes of the inputs
         self._length: int | None = None  # tokens in the caches, while only this object adds to them
 
     def __call__(
@@ -50,18 +51,15 @@ class StepRunner:
         if not self._applies(decoder, x, mask):
             self._length = None
             return None
-        key = tuple(None if t is None else (t.shape, t.dtype) for t in (x, mask, input_pos))
-        if key != self._key or self._layout is None or not self._layout.still_holds():
-            self._key, self._call, self._length = key, None, None
-            self._layout = _Layout(decoder)
-            if (obstacle := DecodeStep.obstacle(decoder)) is None:
-                self._call = CapturedCall(_step_of(decoder))
-            else:
-                _log.warning("decoding calls the model's modules one by one: %s", obstacle)
-        if self._call is None:
+        if self._layout is None or not self._layout.still_holds():
+            self._layout, self._length = _Layout(decoder), None
+            self._step, self._calls = _step_of(decoder), {}
+        if self._step is None:
             return None
         self._count(decoder, x.shape[1])
-        return self._call(x, mask, input_pos)
+        key = tuple(None if t is None else (t.shape, t.dtype) for t in (x, mask, input_pos))
+        call = self._calls.setdefault(key, CapturedCall(self._step))
+        return call(x, mask, input_pos)
 
     def forget_length(self) -> None:
         """To be called when somebody else has filled or emptied the caches."""
@@ -101,7 +99,11 @@ class StepRunner:
         return (StepRunner, ())
 
 
-def _step_of(decoder: TransformerDecoder):
+def _step_of(decoder: TransformerDecoder) -> Callable[..., Tensor] | None:
+    """What to capture; None, with a word in the log, if the modules have to be called."""
+    if (obstacle := DecodeStep.obstacle(decoder)) is not None:
+        _log.warning("decoding calls the model's modules one by one: %s", obstacle)
+        return None
     step = DecodeStep(decoder)
 
     def run(x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
