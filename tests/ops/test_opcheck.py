@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchtune_fused.ops
 
@@ -80,3 +81,20 @@ def test_every_differentiable_op_under_torch_compile():
         )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_ops_are_seen_by_dispatch_modes_without_gradients():
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    x, weight = randn(3, 8), randn(8)
+    with torch.no_grad():
+        expected = torchtune_fused.ops.rms_norm(x, weight)
+        with Record():
+            recorded = torchtune_fused.ops.rms_norm(x, weight)
+    assert seen == [ops.rms_norm.default]
+    assert torch.equal(recorded, expected)
+    assert torch.equal(torchtune_fused.ops.rms_norm(x, weight), expected)

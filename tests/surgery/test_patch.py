@@ -293,3 +293,22 @@ def test_compiles_without_graph_breaks(build, name):
             name: p.grad for name, p in model.named_parameters() if p.grad is not None
         }
         assert_same_results(got, expected)
+
+
+def test_decoding_compiles_without_graph_breaks(llama):
+    torch.compiler.reset()
+    patch_model(llama)
+    llama.setup_caches(2, torch.float32, decoder_max_seq_len=16)
+    compiled = torch.compile(llama, fullgraph=True, backend="aot_eager")
+    mask = torch.ones(1, 11, 16, dtype=torch.bool).tril()
+    outputs = []
+    for model in (llama, compiled):
+        llama.reset_caches()
+        for part in (slice(0, 8), slice(8, 9), slice(9, 10)):
+            with torch.no_grad():
+                logits = model(
+                    TOKENS[:, part], mask=mask[:, part], input_pos=torch.arange(11)[part]
+                )
+            outputs.append(logits)
+    for eager, traced in zip(outputs[:3], outputs[3:], strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)

@@ -76,27 +76,28 @@ class FusedAttention(MultiHeadAttention):
             ValueError: if there is neither ``y`` nor an enabled cache, the cache is full, or the
                 sequence is longer than the rotary embedding's cache.
         """
-        rotate = None if self.pos_embeddings is None else rotation(self.pos_embeddings)
-        caching = self.kv_cache is not None and self.cache_enabled
-        causal = self.kv_cache is None and mask is None and self.is_causal
+        cache, positions = self.kv_cache, self.pos_embeddings
+        caching = cache is not None and self.cache_enabled
+        causal = cache is None and mask is None and self.is_causal
         window = self.sliding_window if y is x else None
         if not (isinstance(mask, BlockMask) and x.is_cuda and window is None):
             mask = _dense(mask)
 
+        rotate = None if positions is None else rotation(positions)
         q = self._heads(self.q_proj(x), self.q_norm, rotate, input_pos)
         if y is None:
             if not caching:
                 raise ValueError("attention needs y, or an enabled KV cache to attend to")
-            k, v = self.kv_cache.k_cache, self.kv_cache.v_cache
+            k, v = cache.k_cache, cache.v_cache
         else:
             k = self._heads(self.k_proj(y), self.k_norm, rotate, input_pos)
             v = self._heads(self.v_proj(y), None, None, None)
-            if caching and y is x and self._can_decode(q, k, v, mask):
-                return self._merge_heads(self._decode(q, k, v, mask))
+            if caching and y is x and self._can_decode(cache, q, k, v, mask):
+                return self._merge_heads(self._decode(cache, q, k, v, mask))
             if caching:
-                k, v = self.kv_cache.update(k, v)
+                k, v = cache.update(k, v)
                 if y is x:
-                    mask, window = self._mask_of_slots(q, mask), None
+                    mask, window = self._mask_of_slots(cache, q, mask), None
         return self._merge_heads(self._attend(q, k, v, mask, causal, window))
 
     def _heads(
@@ -122,30 +123,32 @@ class FusedAttention(MultiHeadAttention):
         b, h, s, d = x.shape
         return self.output_proj(x.transpose(1, 2).reshape(b, s, h * d))
 
-    def _can_decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    def _can_decode(
+        self, cache: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> bool:
         """Whether the ops for the KV cache apply: not to gradients, dropout or a cache unknown."""
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         return (
-            type(self.kv_cache) is KVCache
+            type(cache) is KVCache
             and (self.is_causal if mask is None else _is_bool(mask))
             and not (needs_grad or self._dropout or in_autocast(q))
         )
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _decode(
+        self, cache: KVCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Self-attention over the KV cache, reading no more of it than is filled."""
-        cache = self.kv_cache
-        kv_cache_update(cache.k_cache, cache.v_cache, cache.cache_pos, k, v)
-        length = cache.cache_pos[:1]
-        return attention_decode(
-            q, cache.k_cache, cache.v_cache, length, mask, window=self.sliding_window
-        )
+        k_cache, v_cache, cache_pos = cache.k_cache, cache.v_cache, cache.cache_pos
+        kv_cache_update(k_cache, v_cache, cache_pos, k, v)
+        length = cache_pos[:1]
+        return attention_decode(q, k_cache, v_cache, length, mask, window=self.sliding_window)
 
-    def _mask_of_slots(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _mask_of_slots(self, cache: nn.Module, q: Tensor, mask: Tensor | None) -> Tensor | None:
         """``mask`` with what `_decode` would hide too, over all slots of the updated KV cache."""
         causal = mask is None and self.is_causal
         if not causal and self.sliding_window is None:
             return mask
-        length, max_len = self.kv_cache.cache_pos[:1], self.kv_cache.k_cache.shape[2]
+        length, max_len = cache.cache_pos[:1], cache.k_cache.shape[2]
         seen = visible_slots(length, q.shape[2], max_len, causal, self.sliding_window)
         return _restrict(mask, seen)
 
