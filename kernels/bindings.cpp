@@ -36,7 +36,8 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   const Tensor& cache_pos);
 
 // sampling/sampling.cpp
-Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature);
+Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
+                     std::optional<int64_t> top_k, std::optional<double> top_p);
 
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);

@@ -7,16 +7,37 @@
 
 namespace torchtune_fused {
 
-constexpr int kSampleBlocks = 64;  // that share a row of logits
+constexpr int kSliceTokens = 2048;  // of the vocabulary, for one block
+constexpr int kDistanceBins = 2048;
+
+// A token that may be kept or not: its logit's rank decides, then the rank of its perturbed score.
+struct alignas(16) Candidate {
+  uint64_t rank;
+  uint64_t drawn;
+};
+
+// What the kernels of one call tell each other about a row.
+struct RowState {
+  uint64_t histogram[kDistanceBins];  // tokens, or their mass, by distance from the largest logit
+  uint64_t num_candidates;
+  uint64_t remaining;  // of the candidates' tokens or mass, to be kept
+};
 
 struct SampleParams {
-  const float* logits;  // [rows, vocab]
-  int64_t* tokens;      // [rows]
-  int64_t* rng_state;   // seed and offset, on the device; the offset is advanced by one
-  uint64_t* best;       // workspace [rows, kSampleBlocks]
-  float inverse_temperature;  // 0: greedy
+  const float* logits;    // [rows, vocab]
+  int64_t* tokens;        // [rows]
+  int64_t* rng_state;     // seed and offset, on the device; the offset is advanced by one
+  uint64_t* best_logit;   // workspace [rows, slices]
+  uint64_t* best_drawn;   // workspace [rows, slices], without it the largest logit is taken
+  RowState* states;       // workspace [rows], where something is filtered
+  Candidate* candidates;  // workspace [rows, vocab], likewise
+  double top_p;           // 1: no such filter
+  float inverse_temperature;
+  int top_k;  // 0: no such filter
   int rows;
   int vocab;
+  int slices;
+  bool aligned;  // rows of logits start at multiples of 16 bytes
 };
 
 void launch_sample(const SampleParams& params, cudaStream_t stream);

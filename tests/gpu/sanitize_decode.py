@@ -56,10 +56,17 @@ def attentions():
             attention_decode(normal(2, 6, 1, d), *caches, slots, mask, window=50)
 
 
+def samples():
+    logits, rng = torch.randn(3, 5001, device="cuda"), torch.tensor([1, 0], device="cuda")
+    for options in ({"temperature": 0.0}, {}, {"top_k": 50}, {"top_p": 0.9}):
+        decode_sample(logits, rng, **options)
+    decode_sample(logits, rng, top_k=50, top_p=0.9)
+
+
 if __name__ == "__main__":
     assert load_kernels(), "the kernels are not usable; see `torchtune-fused doctor`"
     linears()
     projections()
     attentions()
-    decode_sample(torch.randn(3, 1001, device="cuda"), torch.tensor([1, 0], device="cuda"))
+    samples()
     torch.cuda.synchronize()

@@ -8,7 +8,6 @@ from torchtune_fused.ops import rope
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
-from torchtune_fused.ops.decode_sample import _philox, decode_sample
 
 OPS = torch.ops.torchtune_fused
 
@@ -85,21 +84,3 @@ def test_qkv_appends_to_the_cache(norm_before_rope):
     torch.library.opcheck(OPS.decode_qkv.default, (*arguments, 1e-6, False, *caches, cache_pos))
     with pytest.raises(ValueError, match="the cache is full: 7 of 9"):
         decode_qkv(x, wq, wk, wv, *caches, cache_pos + 3)
-
-
-def test_philox_gives_the_known_answers_of_its_authors():
-    ones, zeros = torch.tensor(0xFFFFFFFF), torch.tensor(0)
-    known = [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
-    assert [int(word) for word in _philox([ones] * 4, [ones] * 2)] == known
-    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert [int(word) for word in _philox([zeros] * 4, [zeros] * 2)] == known
-
-
-def test_sampling():
-    logits, rng = torch.zeros(2, 1000), torch.tensor([11, 0])
-    first, second = decode_sample(logits, rng), decode_sample(logits, rng)
-    assert rng.tolist() == [11, 2] and not torch.equal(first, second)
-    assert torch.equal(decode_sample(logits, torch.tensor([11, 0])), first)
-    logits[:, 77] = 1
-    assert decode_sample(logits, rng, temperature=0.0).tolist() == [77, 77]
-    torch.library.opcheck(OPS.decode_sample.default, (logits, rng, 0.7))

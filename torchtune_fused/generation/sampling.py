@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchtune_fused.ops import decode_sample
+
 
 class Sampler:
     """Draws one token a row from next-token logits, with no host synchronisation.
@@ -15,8 +17,8 @@ class Sampler:
             them.
         top_p (float | None): Keep the smallest set of tokens whose probabilities reach ``top_p``
             (nucleus sampling, https://arxiv.org/abs/1904.09751).
-        seed (int | None): Seed of this sampler's own generator; without one, torch's default
-            generator of the device is used.
+        seed (int | None): Seed of this sampler's own random numbers, which are the same on every
+            device; without one, torch's default generator of the device gives it.
         device (torch.device | str): Device of the logits to come.
 
     Raises:
@@ -44,9 +46,11 @@ class Sampler:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
-        self._generator = None
+        self._rng_state = torch.zeros(2, dtype=torch.int64, device=device)
         if seed is not None:
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._rng_state[0] = (seed + 2**63) % 2**64 - 2**63  # as the 64 bits of int64
+        elif temperature > 0:
+            self._rng_state[:1].random_()
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Draw one token a row.
@@ -57,41 +61,13 @@ class Sampler:
         Returns:
             Tensor: token ids, int64 ``[b]``.
         """
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        # The largest logit is taken off first, so that no temperature overflows.
-        logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        probs = filter_logits(logits, top_k=self.top_k, top_p=self.top_p).softmax(-1)
-        # An exponential race: the first of independent arrivals with rates p is i with
-        # probability p_i. torch.multinomial does the same, but checks its input on the host.
-        arrivals = torch.empty_like(probs).exponential_(1, generator=self._generator)
-        return (probs / arrivals).argmax(-1)
-
-
-def filter_logits(
-    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Put the logits that top-k and then top-p discard at minus infinity.
-
-    Args:
-        logits (Tensor): ``[b, vocab]``, already divided by the temperature.
-        top_k (int | None): As in :class:`Sampler`; more than the vocabulary keeps all.
-        top_p (float | None): As in :class:`Sampler`; the likeliest token is always kept.
-
-    Returns:
-        Tensor: logits of the same shape and dtype.
-    """
-    if top_k is not None:
-        smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, tokens = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        # A token is kept while those before it have not reached top_p.
-        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter_(-1, tokens, ordered)
-    return logits
+        return decode_sample(
+            logits.float(),
+            self._rng_state,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 def is_int(value) -> bool:

@@ -8,6 +8,7 @@ from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
+from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.rms_norm import rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "decode_gated",
     "decode_linear",
     "decode_qkv",
+    "decode_sample",
     "fused_attention",
     "fused_mlp",
     "gated_mlp",
