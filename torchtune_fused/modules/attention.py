@@ -166,15 +166,21 @@ class FusedAttention(MultiHeadAttention):
         if causal and s != s_kv:
             # Here torchtune lets the first query, not the last, stand at its key.
             mask, causal = q.new_ones(1, 1, s, s_kv, dtype=torch.bool).tril(), False
-        if (mask is None or _is_bool(mask)) and not (dropout or in_autocast(q)):
+        # On a GPU the op has no kernel yet, and PyTorch has: its flash attention.
+        if (mask is None or _is_bool(mask)) and not (dropout or in_autocast(q) or q.is_cuda):
             return attention(q, k, v, mask, causal=causal, window=window)
 
+        if window is not None and window < s_kv:
+            mask, causal = _restrict(mask, visible(s, s_kv, None, causal, window, q.device)), False
+        if mask is None and q.is_cuda:
+            return F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=True
+            )
+        # Only flash attention, which takes no mask, reads grouped heads as they are.
         groups = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if isinstance(mask, BlockMask):
             return self._attention_call(q, k, v, mask=mask, dropout_p=dropout, is_causal=False)
-        if window is not None:
-            mask, causal = _restrict(mask, visible(s, s_kv, None, causal, window, q.device)), False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
