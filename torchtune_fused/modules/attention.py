@@ -33,6 +33,7 @@ class FusedAttention(MultiHeadAttention):
     # As class attributes too: a view of a stock module has neither in its state.
     sliding_window: int | None = None
     norm_before_rope: bool = False
+    compute_dtype: torch.dtype | None = None  # set by patch_model, where callers use another
 
     def __init__(
         self, *, sliding_window: int | None = None, norm_before_rope: bool = False, **kwargs
@@ -47,6 +48,10 @@ class FusedAttention(MultiHeadAttention):
     def from_stock(cls, module: MultiHeadAttention) -> "FusedAttention":
         """The same attention, sharing all of its state with ``module``."""
         return share_state(module, MultiHeadAttention, cls)
+
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
+        """As torchtune's; with a ``compute_dtype``, the cache has that dtype."""
+        super().setup_cache(batch_size, self.compute_dtype or dtype, max_seq_len)
 
     def forward(
         self,
@@ -76,6 +81,11 @@ class FusedAttention(MultiHeadAttention):
             ValueError: if there is neither ``y`` nor an enabled cache, the cache is full, or the
                 sequence is longer than the rotary embedding's cache.
         """
+        dtype = self.compute_dtype
+        if dtype is not None and x.dtype != dtype:
+            inner = x.to(dtype)
+            other = inner if y is x else None if y is None else y.to(dtype)
+            return self.forward(inner, other, mask=mask, input_pos=input_pos).to(x.dtype)
         cache, positions = self.kv_cache, self.pos_embeddings
         caching = cache is not None and self.cache_enabled
         causal = cache is None and mask is None and self.is_causal

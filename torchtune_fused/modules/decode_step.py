@@ -63,6 +63,8 @@ class DecodeStep:
         Returns:
             Tensor: The hidden state after the last layer, of the same shape.
         """
+        if input_pos is not None:
+            input_pos = input_pos.long()  # torchtune counts the positions of padded rows in int32
         for layer in self._decoder.layers:
             h = _run_layer(layer, h, mask, input_pos, self._rope[layer.attn.pos_embeddings])
         positions = [layer.attn.kv_cache.cache_pos for layer in self._decoder.layers]

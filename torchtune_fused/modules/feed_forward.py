@@ -1,5 +1,6 @@
 """torchtune's FeedForward on the fused op."""
 
+import torch
 from torch import Tensor, nn
 from torchtune.modules import FeedForward
 
@@ -42,6 +43,8 @@ class FusedFeedForward(FeedForward):
     quantised projections, runs as in torchtune.
     """
 
+    compute_dtype: torch.dtype | None = None  # set by patch_model, where callers use another
+
     @classmethod
     def from_stock(cls, module: FeedForward) -> "FusedFeedForward":
         """The same feed-forward, sharing all of its state with ``module``."""
@@ -56,6 +59,9 @@ class FusedFeedForward(FeedForward):
         Returns:
             Tensor: shape ``[..., out_dim]``, dtype of ``x``.
         """
+        dtype = self.compute_dtype
+        if dtype is not None and x.dtype != dtype:
+            return self.forward(x.to(dtype)).to(x.dtype)
         activation = activation_name(self.activation)
         out = None if activation is None else fuse(x, self.w1, self.w3, self.w2, activation)
         return super().forward(x) if out is None else out

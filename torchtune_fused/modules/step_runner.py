@@ -1,6 +1,6 @@
 """Decoding steps as replays of one captured CUDA graph."""
 
-import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,8 +10,6 @@ from torchtune.modules import TransformerDecoder
 from torchtune_fused.modules.captured import CapturedCall
 from torchtune_fused.modules.decode_step import DecodeStep
 from torchtune_fused.ops.decode_linear import MAX_DECODE_TOKENS
-
-_log = logging.getLogger(__name__)
 
 
 class StepRunner:
@@ -43,7 +41,7 @@ class StepRunner:
         Returns:
             Tensor | None: fp32 logits ``[b, s, vocab_size]`` or, without a head, the hidden state;
             the next step overwrites it. None if the step has to be made by calling the modules:
-            nothing has been done then, and what is in the way has been logged once.
+            nothing has been done then, and one warning has said what is in the way.
 
         Raises:
             ValueError: If the caches are full.
@@ -100,9 +98,9 @@ class StepRunner:
 
 
 def _step_of(decoder: TransformerDecoder) -> Callable[..., Tensor] | None:
-    """What to capture; None, with a word in the log, if the modules have to be called."""
+    """What to capture; None, with a warning, if the modules have to be called."""
     if (obstacle := DecodeStep.obstacle(decoder)) is not None:
-        _log.warning("decoding calls the model's modules one by one: %s", obstacle)
+        warnings.warn(f"decoding calls the modules one by one, as {obstacle}", stacklevel=2)
         return None
     step = DecodeStep(decoder)
 

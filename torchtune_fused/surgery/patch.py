@@ -4,8 +4,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from torchtune_fused.surgery.compute_dtype import (
+    cast_parameters,
+    check_compute_dtype,
+    restore_parameters,
+)
 from torchtune_fused.surgery.registry import Builder, Decline, all_builders
 
 # Kept in a fused module's __dict__, so that copies of it can be unpatched too: the class the module
@@ -38,7 +44,7 @@ def _summary(modules: dict[str, str]) -> list[str]:
     return [f"  {count} x {name}: {of}" for (name, of), count in Counter(names).items()]
 
 
-def patch_model(model: nn.Module) -> PatchReport:
+def patch_model(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> PatchReport:
     """Replaces the modules of a model that have a builder by their fused counterparts, in place.
 
     The results, the state dict, the parameters themselves, hooks and caches stay what they are.
@@ -47,14 +53,21 @@ def patch_model(model: nn.Module) -> PatchReport:
     Args:
         model (nn.Module): any model built from torchtune's modules, on any device, with its weights
             loaded or not.
+        compute_dtype (torch.dtype | None): for a model whose callers use another dtype, such as
+            fp32: cast its parameters to fp16 or bf16 once, here. Fused modules cast what they are
+            given and return the caller's dtype. Default: leave the parameters as they are.
 
     Returns:
         PatchReport: which modules were replaced, and which were not and why.
 
     Raises:
         TypeError: if a builder returns what can't stand in for its module.
+        ValueError: if ``compute_dtype`` is not a floating-point dtype, or the model has KV caches
+            of another one.
         ImportError: if the builders of an installed package can't be loaded.
     """
+    if compute_dtype is not None:
+        check_compute_dtype(model, compute_dtype)
     report = PatchReport()
     claims: dict[nn.Module, nn.Module] = {}
     _claim(model, "", all_builders(), claims, report, seen=set())
@@ -69,11 +82,15 @@ def patch_model(model: nn.Module) -> PatchReport:
             vars(replacement)[_STOCK] = module, type(replacement)
             moved[module] = replacement
     _substitute(model, moved)
+    if compute_dtype is not None:
+        cast_parameters(model, compute_dtype)
     return report
 
 
 def unpatch_model(model: nn.Module) -> None:
     """Gives a model its original modules back, with the weights as they are now.
+
+    Parameters that ``compute_dtype`` cast get their dtype back, not the bits that it cost them.
 
     Args:
         model (nn.Module): a model after `patch_model`, or a copy of one. Fused modules that a model
@@ -101,6 +118,7 @@ def unpatch_model(model: nn.Module) -> None:
         if module not in moved:
             module.__class__ = stock
     _substitute(model, moved)
+    restore_parameters(model)
 
 
 def _claim(
