@@ -87,18 +87,21 @@ def test_replays_equal_eager_steps_bit_for_bit_and_are_as_exact_as_stock(name, b
     assert (replayed - expected).abs().amax() <= 2 * error
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_torchtunes_generate_gives_stock_tokens(dtype):
+def test_torchtunes_generate_gives_stock_tokens(dtype, padded):
     stock = build(dtype=dtype)
     fused = copy.deepcopy(stock)
     patch_model(fused)
     tokens = prompt(2, 9)
+    if padded:
+        tokens[1, :3] = 0
     answers = []
     for model in (stock, fused):
         with torch.device("cuda"):
             model.setup_caches(2, dtype, decoder_max_seq_len=32)
         out, logits = torchtune_generate(
-            model, tokens, max_generated_tokens=16, pad_id=-1, temperature=0.0, top_k=1
+            model, tokens, max_generated_tokens=16, pad_id=0, temperature=0.0, top_k=1
         )
         answers.append((out, logits))
     (stock_out, stock_logits), (fused_out, fused_logits) = answers
