@@ -1,4 +1,6 @@
 // Chooses among the instantiations of decode_attention.cuh, and how many splits to use.
+#include <atomic>
+
 #include "attention/decode_attention.cuh"
 
 namespace torchtune_fused {
@@ -12,6 +14,7 @@ extern template struct DecodeAttention<256>;
 namespace {
 
 constexpr int kMaxSplits = 64;
+constexpr int kLeastKeys = 64;  // of a split
 
 // Calls f with the instantiation for the head dimension.
 template <typename F>
@@ -31,6 +34,23 @@ int64_t tile_count(const DecodeAttentionParams& p) {
   return p.batch * p.kv_heads * ((rows + kRows - 1) / kRows);
 }
 
+// Counters of the blocks that have arrived at each row tile. Launches that run at the same time, on
+// several streams, need different ones, and a captured launch keeps its own: each takes the next of
+// a pool that comes round only after a hundred thousand launches. A launch leaves them at zero.
+constexpr uint32_t kArrivals = 1 << 20;
+__device__ unsigned arrivals[kArrivals];
+
+unsigned* next_arrivals(int64_t count) {
+  static std::atomic<uint32_t> next = 0;
+  uint32_t first = next.load(), taken;
+  do {
+    taken = first + count <= kArrivals ? first : 0;
+  } while (!next.compare_exchange_weak(first, static_cast<uint32_t>(taken + count)));
+  void* pool = nullptr;
+  TTF_CUDA_CHECK(cudaGetSymbolAddress(&pool, arrivals));
+  return static_cast<unsigned*>(pool) + taken;
+}
+
 bool aligned(const void* data, const int64_t (&strides)[3]) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 8 == 0 &&
          strides[1] % 8 == 0 && strides[2] % 8 == 0;
@@ -46,14 +66,11 @@ bool decode_attention_is_fast(const DecodeAttentionParams& p) {
 }
 
 int64_t plan_decode_attention(DecodeAttentionParams& p) {
-  // All blocks should run at once, two per SM, or in waves that are nearly full: the fewest splits
-  // within 3% of the best use of the slots. Two blocks keep enough bytes under way; a third would
-  // only cut the keys into more parts to merge.
+  // One block per SM, all at once or in waves that are nearly full: the fewest splits within 4% of
+  // the best use of the SMs.
   const int64_t tiles = tile_count(p);
-  const int per_sm =
-      with_head_dim(p.head_dim, [&](auto kernels) { return kernels.blocks_per_sm(p.dtype); });
-  const int64_t slots = static_cast<int64_t>(device_properties().num_sms) * (per_sm < 2 ? 1 : 2);
-  const int64_t most = (p.max_len + kUnit * kAttnWarps - 1) / (kUnit * kAttnWarps);
+  const int64_t slots = device_properties().num_sms;
+  const int64_t most = (p.max_len + kLeastKeys - 1) / kLeastKeys;
   const auto use = [&](int64_t splits) {
     const int64_t blocks = tiles * splits, waves = (blocks + slots - 1) / slots;
     return static_cast<double>(blocks) / static_cast<double>(waves * slots);
@@ -63,7 +80,7 @@ int64_t plan_decode_attention(DecodeAttentionParams& p) {
     best = use(splits) > best ? use(splits) : best;
   }
   p.splits = 1;
-  while (use(p.splits) < best - 0.03) ++p.splits;
+  while (use(p.splits) < best - 0.04) ++p.splits;
   if (p.splits == 1) return 0;
   return tiles * p.splits * kRows * (p.head_dim + 2);
 }
@@ -74,7 +91,10 @@ void use_workspace(DecodeAttentionParams& p, float* workspace) {
       reinterpret_cast<float2*>(workspace + tile_count(p) * p.splits * kRows * p.head_dim);
 }
 
-void launch_decode_attention(const DecodeAttentionParams& p, cudaStream_t stream) {
+void launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
+  DecodeAttentionParams p = params;
+  p.reads_ahead = may_read_cache_ahead(stream);
+  if (p.splits > 1) p.arrivals = next_arrivals(tile_count(p));
   with_head_dim(p.head_dim, [&](auto kernels) { kernels.launch(p, stream); });
 }
 

@@ -2,14 +2,17 @@
 //
 // A row tile is up to 16 (query head, step) rows that share a key head: the heads of its group,
 // packed as the 16 rows of an mma, so that the cache is read once for all of them.
-// Grid: (splits, kv_heads * row tiles, batch). Block: 4 warps. The keys of a row tile are split
-// over the blocks, and within a block over the warps, in units of 16 keys; how many of the splits
-// have work follows from the length, which is read on the device: one captured launch serves every
-// length. Each warp keeps its own online softmax (Dao et al., FlashAttention-2, 2023) over its own
-// units, which stream through its own ring of shared memory: K of a unit, V of it, K of the next.
-// The warps' results are merged in shared memory, and the blocks' by a second, small kernel
-// (Dao et al., Flash-Decoding, 2023). Slots beyond the length are never read.
+// Grid: a block for each split of each row tile, at most one per SM if they can run at once. Block:
+// 4 warps. The keys of a row tile are split over the blocks, and within a block over the warps, in
+// units of 16 keys; how many of the splits have work follows from the length, which is read on the
+// device: one captured launch serves every length. Each warp keeps its own online softmax (Dao et
+// al., FlashAttention-2, 2023) over its own units, which stream through its own ring of shared
+// memory: K of a unit, V of it, K of the next. The warps' results are merged in shared memory, and
+// the blocks' by the one that arrives last, in the order of the splits (Dao et al., Flash-Decoding,
+// 2023). Slots beyond the length are never read.
 #pragma once
+
+#include <algorithm>
 
 #include "attention/attention.h"
 #include "common/launch.h"
@@ -20,13 +23,23 @@ namespace torchtune_fused {
 
 constexpr int kRows = 16;        // query rows in a tile
 constexpr int kUnit = 16;        // keys in a unit
+constexpr int kMergeBatch = 4;   // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
-constexpr int kCombineThreads = 256;
 
-// Slots of a warp's ring: two blocks fit into an SM of 9.0 or 8.0, one into 8.6's.
+// Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
+// before and after in the chain find the other half; before 9.0 it must do with the 99 KB of 8.6.
 template <int D>
-constexpr int kSlots = D == 64 ? 8 : D <= 96 ? 6 : D == 128 ? 4 : 2;
+constexpr int kSlotsSm90 = D == 64 ? 12 : D == 80 ? 10 : D == 96 ? 8 : D == 128 ? 6 : 3;
+template <int D>
+constexpr int kSlotsSm80 = D == 64 ? 10 : D == 80 ? 8 : D == 96 ? 7 : D == 128 ? 5 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D>
+constexpr int kSlots = kSlotsSm80<D>;
+#else
+template <int D>
+constexpr int kSlots = kSlotsSm90<D>;
+#endif
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
 template <int D>
 constexpr int kRowBytes = 2 * D + 16;
@@ -34,12 +47,13 @@ template <int D>
 constexpr int kSlotBytes = kUnit * kRowBytes<D>;
 template <int D>
 constexpr int kMergeStride = D + 8;  // floats of a row of a warp's result, spread likewise
+// Bytes of shared memory: the statistics, and the rings or what they make room for in the end.
 template <int D>
-constexpr int kAttnShared = 2 * kAttnWarps * kRows * 4 +
-                            (kAttnWarps * kSlots<D> * kSlotBytes<D> >
-                                     kAttnWarps * kRows * kMergeStride<D> * 4
-                                 ? kAttnWarps * kSlots<D> * kSlotBytes<D>
-                                 : kAttnWarps * kRows * kMergeStride<D> * 4);
+constexpr int attention_shared(int slots) {
+  const int rings = kAttnWarps * slots * kSlotBytes<D>;
+  const int merge = kAttnWarps * kRows * kMergeStride<D> * 4;
+  return 2 * kAttnWarps * kRows * 4 + (rings > merge ? rings : merge);
+}
 
 // The units of keys that one block reads.
 struct UnitRange {
@@ -80,24 +94,46 @@ __device__ __forceinline__ int filled_slots(const DecodeAttentionParams& p) {
   return static_cast<int>(length < 0 ? 0 : length < p.max_len ? length : p.max_len);
 }
 
+// Four columns of the sum of a row of a group, divided by the sum of its probabilities.
+template <typename T>
+__device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int batch, int kv_head,
+                                          int row_in_group, int column, float4 out, float sum) {
+  const float inverse = sum > 0.f ? 1.f / sum : 0.f;  // a row that sees nothing gives zeros
+  const int heads_per_group = p.heads / p.kv_heads;
+  const int step = row_in_group / heads_per_group;
+  const int head = kv_head * heads_per_group + row_in_group % heads_per_group;
+  T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
+              step * p.out_stride[2] + column;
+  *reinterpret_cast<uint2*>(target) = {pack<T>(out.x * inverse, out.y * inverse),
+                                       pack<T>(out.z * inverse, out.w * inverse)};
+}
+
 template <typename T, int D>
-__global__ void __launch_bounds__(kAttnThreads)
+__global__ void __launch_bounds__(kAttnThreads, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   launch_dependents();
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
-  const int split = blockIdx.x, row_tile = blockIdx.y % row_tiles(p);
-  const int kv_head = blockIdx.y / row_tiles(p), batch = blockIdx.z;
+  const int64_t tile = blockIdx.x / p.splits;
+  const int split = blockIdx.x % p.splits, row_tile = tile % row_tiles(p);
+  const int kv_head = tile / row_tiles(p) % p.kv_heads;
+  const int batch = tile / row_tiles(p) / p.kv_heads;
   const T* k_head = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
   const T* v_head = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
 
-  wait_for_grid();
-
+  if (!p.reads_ahead) wait_for_grid();
   const int length = filled_slots(p);
+  if (batch >= p.batch) {
+    wait_for_grid();
+    return;  // a block that only keeps the place of one
+  }
   const UnitRange all = visible_units(p, length, row_tile);
   const int active = active_splits(p, all);
-  if (split >= active) return;
+  if (split >= active) {
+    wait_for_grid();
+    return;
+  }
   const UnitRange mine = units_of_split(all, split, active);
 
   // This lane's two rows of the tile, g and g + 8, and the slots that each may see.
@@ -124,8 +160,7 @@ __global__ void __launch_bounds__(kAttnThreads)
   }
 
   // The producer: items 2i and 2i + 1 are the keys and the values of this warp's unit i.
-  float* stat_max = reinterpret_cast<float*>(shared);  // [warp][row]
-  float* stat_sum = stat_max + kAttnWarps * kRows;
+  float2* stats = reinterpret_cast<float2*>(shared);  // [warp][row]: maximum, sum
   unsigned char* pool = shared + 2 * kAttnWarps * kRows * 4;
   const uint32_t ring = shared_address(pool) + warp * kSlots<D> * kSlotBytes<D>;
   int load_unit = mine.begin + warp;
@@ -148,8 +183,23 @@ __global__ void __launch_bounds__(kAttnThreads)
     }
     copy_async_commit();
   };
+  int filled = 0;
+  if (p.reads_ahead) {
+    const int old = length - p.steps;  // slots that earlier steps wrote
+#pragma unroll 1
+    for (; filled < kSlots<D> && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
+    // The old slots of the unit that the new ones begin in come into L2, at least.
+    const int row = load_unit * kUnit + lane % kUnit;
+    if (load_unit == old / kUnit && load_unit < mine.end && row < old) {
+      const T* key_or_value =
+          lane < kUnit ? k_head + row * p.k_stride[2] : v_head + row * p.v_stride[2];
 #pragma unroll
-  for (int slot = 0; slot < kSlots<D>; ++slot) load_item(slot);
+      for (int column = 0; column < D; column += 64) prefetch_l2(key_or_value + column);
+    }
+    wait_for_grid();
+  }
+#pragma unroll 1
+  for (; filled < kSlots<D>; ++filled) load_item(filled);
 
   // Q as A fragments.
   uint32_t q[D / 16][4];
@@ -246,14 +296,12 @@ __global__ void __launch_bounds__(kAttnThreads)
   }
   copy_async_wait<0>();
 
-  // Merge the warps: bring all to the largest maximum, and add up.
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 1);
     row_sum[i] += __shfl_xor_sync(~0u, row_sum[i], 2);
     if (quad == 0) {
-      stat_max[warp * kRows + group_row + 8 * i] = row_max[i];
-      stat_sum[warp * kRows + group_row + 8 * i] = row_sum[i];
+      stats[warp * kRows + group_row + 8 * i] = {row_max[i], row_sum[i]};
     }
   }
   __syncthreads();  // the statistics are there, and nobody needs the rings any more
@@ -262,149 +310,91 @@ __global__ void __launch_bounds__(kAttnThreads)
   for (int i = 0; i < 2; ++i) {
     const int row = group_row + 8 * i;
     if (row >= rows) continue;
-    float block_max = -INFINITY;
-    for (int w = 0; w < kAttnWarps; ++w) block_max = fmaxf(block_max, stat_max[w * kRows + row]);
-    const float factor = block_max == -INFINITY ? 0.f : exp2f(row_max[i] - block_max);
     float* target = merge + (warp * kRows + row) * kMergeStride<D> + quad * 2;
 #pragma unroll
     for (int t = 0; t < D / 8; ++t) {
-      *reinterpret_cast<float2*>(target + t * 8) = {out[t][2 * i] * factor,
-                                                    out[t][2 * i + 1] * factor};
+      *reinterpret_cast<float2*>(target + t * 8) = {out[t][2 * i], out[t][2 * i + 1]};
     }
   }
   __syncthreads();
-  const int64_t tile = static_cast<int64_t>(batch) * gridDim.y + blockIdx.y;
-  for (int i = threadIdx.x; i < rows * (D / 4); i += kAttnThreads) {
-    const int row = i / (D / 4), column = i % (D / 4) * 4;
-    float block_max = -INFINITY, sum = 0.f;
-    for (int w = 0; w < kAttnWarps; ++w) block_max = fmaxf(block_max, stat_max[w * kRows + row]);
-    float4 total = {0.f, 0.f, 0.f, 0.f};
+
+  // Twice through the same code, which the last block of a row tile so finds in its cache: first
+  // the warps' results are merged, then, by the block that arrives last, those of the splits.
+  __shared__ bool last;
+  float2* split_stats = p.partial_stat + tile * p.splits * kRows;
+  float* split_outs = p.partial_out + tile * p.splits * kRows * D;
+  const float2* from_stats = stats;
+  const float* from_outs = merge;
+  int count = kAttnWarps, row_stride = kMergeStride<D>;
+#pragma unroll 1
+  for (bool final = active == 1;; final = true) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * (D / 4); i += kAttnThreads) {
+      const int row = i / (D / 4), column = i % (D / 4) * 4;
+      float maximum = -INFINITY, sum = 0.f;
+      float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+      for (int first = 0; first < count; first += kMergeBatch) {
+        float2 stat[kMergeBatch];
+        float4 part[kMergeBatch];
 #pragma unroll
-    for (int w = 0; w < kAttnWarps; ++w) {
-      if (block_max != -INFINITY) {
-        sum += stat_sum[w * kRows + row] * exp2f(stat_max[w * kRows + row] - block_max);
+        for (int j = 0; j < kMergeBatch; ++j) {
+          const int at = min(first + j, count - 1) * kRows + row;
+          stat[j] = from_stats[at];
+          part[j] = *reinterpret_cast<const float4*>(from_outs + at * row_stride + column);
+        }
+#pragma unroll
+        for (int j = 0; j < kMergeBatch; ++j) {
+          if (first + j >= count || stat[j].x == -INFINITY) continue;
+          const float new_maximum = fmaxf(maximum, stat[j].x);
+          const float decay = exp2f(maximum - new_maximum);
+          const float factor = exp2f(stat[j].x - new_maximum);
+          maximum = new_maximum;
+          sum = sum * decay + stat[j].y * factor;
+          total = {total.x * decay + part[j].x * factor, total.y * decay + part[j].y * factor,
+                   total.z * decay + part[j].z * factor, total.w * decay + part[j].w * factor};
+        }
       }
-      const float4 v =
-          *reinterpret_cast<const float4*>(merge + (w * kRows + row) * kMergeStride<D> + column);
-      total = {total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w};
+      if (final) {
+        store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, total, sum);
+      } else {
+        const int at = split * kRows + row;
+        *reinterpret_cast<float4*>(split_outs + at * D + column) = total;
+        if (column == 0) split_stats[at] = {maximum, sum};
+      }
     }
-    if (p.splits == 1) {
-      const float inverse = sum > 0.f ? 1.f / sum : 0.f;  // a row that sees nothing gives zeros
-      const int step = (row_tile * kRows + row) / heads_per_group;
-      const int head = kv_head * heads_per_group + (row_tile * kRows + row) % heads_per_group;
-      T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
-                  step * p.out_stride[2] + column;
-      *reinterpret_cast<uint2*>(target) = {pack<T>(total.x * inverse, total.y * inverse),
-                                           pack<T>(total.z * inverse, total.w * inverse)};
-    } else {
-      const int64_t at = (tile * p.splits + split) * kRows + row;
-      *reinterpret_cast<float4*>(p.partial_out + at * D + column) = total;
-      if (column == 0) p.partial_stat[at] = {block_max, sum};
-    }
+    if (final) break;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
+    __syncthreads();
+    if (!last) break;
+    __threadfence();  // its own L1 must not answer for what the others wrote
+    from_stats = split_stats;
+    from_outs = split_outs;
+    count = active;
+    row_stride = D;
   }
-}
-
-// Adds up the splits of one query row. Grid: (heads * steps, batch). Block: groups of D / 4 threads;
-// each group takes every so-manieth split, in batches whose loads are all under way at once, and
-// the groups are merged in shared memory.
-template <typename T, int D>
-__global__ void __launch_bounds__(kCombineThreads)
-    combine_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  launch_dependents();
-  constexpr int kLanes = D / 4, kGroups = kCombineThreads / kLanes, kBatch = 4;
-  __shared__ float4 outs[kGroups][kLanes];
-  __shared__ float2 stats[kGroups];
-  const int heads_per_group = p.heads / p.kv_heads;
-  const int head = blockIdx.x / p.steps, step = blockIdx.x % p.steps, batch = blockIdx.y;
-  const int row_in_group = step * heads_per_group + head % heads_per_group;
-  const int row_tile = row_in_group / kRows, row = row_in_group % kRows;
-  const int tile = (batch * p.kv_heads + head / heads_per_group) * row_tiles(p) + row_tile;
-  const int64_t first = static_cast<int64_t>(tile) * p.splits * kRows + row;
-  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  wait_for_grid();
-
-  const int length = filled_slots(p);
-  float maximum = -INFINITY, sum = 0.f;
-  float4 out = {0.f, 0.f, 0.f, 0.f};
-  for (int i = group; i < p.splits; i += kBatch * kGroups) {
-    // Loaded whether the split has work or not: else the length would have to arrive first.
-    float2 stat[kBatch];
-    float4 part[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int64_t at = first + min(i + j * kGroups, p.splits - 1) * kRows;
-      stat[j] = __ldcg(p.partial_stat + at);
-      part[j] = __ldcg(reinterpret_cast<const float4*>(p.partial_out + at * D) + lane);
-    }
-    const int active = active_splits(p, visible_units(p, length, row_tile));
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (i + j * kGroups >= active || stat[j].x == -INFINITY) continue;
-      const float new_maximum = fmaxf(maximum, stat[j].x);
-      const float decay = exp2f(maximum - new_maximum), factor = exp2f(stat[j].x - new_maximum);
-      maximum = new_maximum;
-      sum = sum * decay + stat[j].y * factor;
-      out = {out.x * decay + part[j].x * factor, out.y * decay + part[j].y * factor,
-             out.z * decay + part[j].z * factor, out.w * decay + part[j].w * factor};
-    }
-  }
-  if (group < kGroups) {
-    outs[group][lane] = out;
-    if (lane == 0) stats[group] = {maximum, sum};
-  }
-  __syncthreads();
-  if (group != 0) return;
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) maximum = fmaxf(maximum, stats[g].x);
-  sum = 0.f;
-  out = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const float factor = stats[g].x == -INFINITY ? 0.f : exp2f(stats[g].x - maximum);
-    const float4 v = outs[g][lane];
-    sum += stats[g].y * factor;
-    out = {out.x + v.x * factor, out.y + v.y * factor, out.z + v.z * factor, out.w + v.w * factor};
-  }
-  const float inverse = sum > 0.f ? 1.f / sum : 0.f;  // a row that sees nothing gives zeros
-  T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
-              step * p.out_stride[2] + lane * 4;
-  *reinterpret_cast<uint2*>(target) = {pack<T>(out.x * inverse, out.y * inverse),
-                                       pack<T>(out.z * inverse, out.w * inverse)};
 }
 
 // Instantiated once per head dimension, each in a file of its own.
 template <int D>
 struct DecodeAttention {
-  static int blocks_per_sm(DType dtype);
   static void launch(const DecodeAttentionParams& params, cudaStream_t stream);
 };
 
 template <int D>
-int DecodeAttention<D>::blocks_per_sm(DType dtype) {
-  const auto kernel = dtype == DType::kFloat16 ? decode_attention_kernel<__half, D>
-                                               : decode_attention_kernel<__nv_bfloat16, D>;
-  allow_shared_memory(kernel, kAttnShared<D>);
-  int blocks = 0;
-  TTF_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kAttnThreads,
-                                                               kAttnShared<D>));
-  return blocks;
-}
-
-template <int D>
 void DecodeAttention<D>::launch(const DecodeAttentionParams& p, cudaStream_t stream) {
-  const bool half = p.dtype == DType::kFloat16;
-  const auto kernel =
-      half ? decode_attention_kernel<__half, D> : decode_attention_kernel<__nv_bfloat16, D>;
-  const auto combine =
-      half ? combine_splits_kernel<__half, D> : combine_splits_kernel<__nv_bfloat16, D>;
-  const int tiles = (p.heads / p.kv_heads * p.steps + kRows - 1) / kRows;
-  allow_shared_memory(kernel, kAttnShared<D>);
-  launch_chained(kernel, dim3(p.splits, p.kv_heads * tiles, p.batch), kAttnThreads, kAttnShared<D>,
-                 stream, p);
-  if (p.splits > 1) {
-    allow_shared_memory(combine, 0);
-    launch_chained(combine, dim3(p.heads * p.steps, p.batch), kCombineThreads, 0, stream, p);
-  }
+  const auto kernel = p.dtype == DType::kFloat16 ? decode_attention_kernel<__half, D>
+                                                 : decode_attention_kernel<__nv_bfloat16, D>;
+  // At least a block on every SM, even if without work: else the next kernel would be put there,
+  // with two of its blocks on some SMs and none on others.
+  const int64_t tiles = (p.heads / p.kv_heads * p.steps + kRows - 1) / kRows;
+  const int64_t blocks = std::max<int64_t>(p.batch * p.kv_heads * tiles * p.splits,
+                                           device_properties().num_sms);
+  const int bytes = attention_shared<D>(runs_sm90_code() ? kSlotsSm90<D> : kSlotsSm80<D>);
+  allow_shared_memory(kernel, bytes);
+  launch_chained(kernel, dim3(static_cast<unsigned>(blocks)), kAttnThreads, bytes, stream, p);
 }
 
 }  // namespace torchtune_fused

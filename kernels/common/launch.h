@@ -41,6 +41,48 @@ void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t
   TTF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...));
 }
 
+// ---- Reading a cache ahead ----------------------------------------------------------------------
+// A kernel that lets its dependents start only after its own wait tells them that all grids before
+// it have completed. If it writes nothing of a cache but the new slots, the kernel that follows may
+// read the old slots before it waits. Whether it does follow is known while a graph is captured.
+
+struct CapturedNode {
+  unsigned long long capture = 0;
+  cudaGraphNode_t node = nullptr;
+};
+
+// The node that the next captured launch will follow; none if nothing is being captured, or if
+// there are several.
+inline CapturedNode node_ahead(cudaStream_t stream) {
+  CapturedNode ahead;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaGraphNode_t* nodes = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t count = 0;
+#if CUDART_VERSION >= 13000
+  TTF_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &ahead.capture, nullptr, &nodes, &edges,
+                                          &count));
+#else
+  TTF_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream, &status, &ahead.capture, nullptr, &nodes,
+                                             &edges, &count));
+#endif
+  if (status == cudaStreamCaptureStatusActive && count == 1) ahead.node = nodes[0];
+  return ahead;
+}
+
+inline thread_local CapturedNode cache_reader_may_follow;
+
+// To be called after the launch of such a kernel.
+inline void let_cache_be_read_ahead(cudaStream_t stream) {
+  if (runs_sm90_code()) cache_reader_may_follow = node_ahead(stream);
+}
+
+inline bool may_read_cache_ahead(cudaStream_t stream) {
+  if (!runs_sm90_code()) return false;
+  const CapturedNode ahead = node_ahead(stream), &noted = cache_reader_may_follow;
+  return ahead.node != nullptr && ahead.node == noted.node && ahead.capture == noted.capture;
+}
+
 // Lets a kernel use so much dynamic shared memory, and asks for the largest share of L1 to be shared
 // memory, as all kernels of a chain do: an SM must run empty before it can change the division, so
 // kernels that differ in it never overlap.

@@ -15,9 +15,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // ---- Programmatic dependent launch (no-ops before 9.0) ------------------------------------------
 // The rule that all decode kernels keep: `launch_dependents` at the very top, and `wait_for_grid`
 // in every thread before it reads what another kernel wrote or writes anything at all. Only reads
-// of constants (weights) may come earlier. Waiting returns when the grid
-// before has completed and its writes are visible; that grid waited in the same way, so all grids
-// before it have completed too, and a buffer of theirs may be overwritten.
+// of constants (weights) may come earlier, and of a cache as launch.h says. Waiting returns when
+// the grid before has completed and its writes are visible; that grid waited in the same way, so
+// all grids before it have completed too, and a buffer of theirs may be overwritten.
 
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -38,6 +38,10 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 __device__ __forceinline__ void copy_async_commit() {

@@ -23,32 +23,21 @@ struct GatedJob {
     float gate, up;  // the biases
   };
 
-  static __host__ __device__ int tiles_of(int64_t n) {
-    return static_cast<int>((n + kPairs - 1) / kPairs);
-  }
-  __device__ int tiles() const { return tiles_of(p.n); }
+  __host__ __device__ int pairs() const { return static_cast<int>(p.n); }
+  static constexpr bool kLetsCacheBeRead = false;
 
-  __device__ int64_t index(int tile, int pair) const {
-    return static_cast<int64_t>(tile) * kPairs + pair;
+  __device__ const T* row(int n, int side) const {
+    return static_cast<const T*>(side ? p.up : p.gate) + static_cast<int64_t>(n) * p.in.k;
   }
 
-  __device__ const T* row(int tile, int pair, int side) const {
-    const int64_t n = index(tile, pair);
-    return n < p.n ? static_cast<const T*>(side ? p.up : p.gate) + n * p.in.k : nullptr;
-  }
-
-  __device__ Operands load(int tile, int pair, int) const {
-    const int64_t n = index(tile, pair);
+  __device__ Operands load(int n, int) const {
     Operands bias = {0.f, 0.f};
-    if (n < p.n && p.b_gate) bias.gate = static_cast<float>(static_cast<const T*>(p.b_gate)[n]);
-    if (n < p.n && p.b_up) bias.up = static_cast<float>(static_cast<const T*>(p.b_up)[n]);
+    if (p.b_gate) bias.gate = static_cast<float>(static_cast<const T*>(p.b_gate)[n]);
+    if (p.b_up) bias.up = static_cast<float>(static_cast<const T*>(p.b_up)[n]);
     return bias;
   }
 
-  __device__ void store(int tile, int pair, int token, float gate, float up,
-                        const Operands& bias) const {
-    const int64_t n = index(tile, pair);
-    if (n >= p.n) return;
+  __device__ void store(int n, int token, float gate, float up, const Operands& bias) const {
     static_cast<T*>(p.out)[token * p.n + n] =
         T(activate(gate + bias.gate, p.activation) * (up + bias.up));
   }
@@ -58,11 +47,10 @@ struct GatedJob {
 
 void launch_decode_gated(const DecodeGatedParams& p, cudaStream_t stream) {
   if (p.in.tokens == 0) return;
-  const int tiles = GatedJob<__half>::tiles_of(p.n);
   if (p.in.dtype == DType::kFloat16) {
-    launch_stream_linear<__half>(p.in, GatedJob<__half>{p}, tiles, stream);
+    launch_stream_linear<__half>(p.in, GatedJob<__half>{p}, stream);
   } else {
-    launch_stream_linear<__nv_bfloat16>(p.in, GatedJob<__nv_bfloat16>{p}, tiles, stream);
+    launch_stream_linear<__nv_bfloat16>(p.in, GatedJob<__nv_bfloat16>{p}, stream);
   }
 }
 

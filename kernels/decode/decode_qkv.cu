@@ -1,7 +1,6 @@
 // q, k and v of the new tokens, rotated, k and v written straight into the cache.
 //
-// A pair is two rows of one head: those that RoPE rotates together. Head dimensions are multiples
-// of 16, so a tile lies within one head of one of the three matrices.
+// A pair is two rows of one head: those that RoPE rotates together.
 #include "decode/head_norm.cuh"
 #include "decode/stream_linear.cuh"
 
@@ -11,6 +10,8 @@ namespace {
 template <typename T>
 struct QkvJob {
   DecodeQkvParams p;
+
+  static constexpr bool kLetsCacheBeRead = true;
 
   struct Operands {
     float bias_a, bias_b;
@@ -23,33 +24,35 @@ struct QkvJob {
     int matrix, head, a, b;
   };
 
-  __device__ int tiles() const { return (p.heads + 2 * p.kv_heads) * (p.head_dim / 16); }
+  __host__ __device__ int pairs() const {
+    return (p.heads + 2 * p.kv_heads) * (p.head_dim / 2);
+  }
 
-  __device__ Place locate(int tile, int pair) const {
-    const int tiles_per_head = p.head_dim / 16;
-    const int head = tile / tiles_per_head, part = tile % tiles_per_head;
+  __device__ Place locate(int pair) const {
+    const int half = p.head_dim / 2;
+    const int head = pair / half, i = pair % half;
     Place place;
     place.matrix = head < p.heads ? 0 : head < p.heads + p.kv_heads ? 1 : 2;
     place.head = head - (place.matrix > 0 ? p.heads : 0) - (place.matrix > 1 ? p.kv_heads : 0);
     if (p.rope.interleaved || place.matrix == 2) {
-      place.a = 16 * part + 2 * pair;
+      place.a = 2 * i;
       place.b = place.a + 1;
     } else {
-      place.a = 8 * part + pair;
-      place.b = place.a + p.head_dim / 2;
+      place.a = i;
+      place.b = i + half;
     }
     return place;
   }
 
-  __device__ const T* row(int tile, int pair, int side) const {
-    const Place at = locate(tile, pair);
+  __device__ const T* row(int pair, int side) const {
+    const Place at = locate(pair);
     const void* weight = at.matrix == 0 ? p.wq : at.matrix == 1 ? p.wk : p.wv;
     const int64_t n = static_cast<int64_t>(at.head) * p.head_dim + (side ? at.b : at.a);
     return static_cast<const T*>(weight) + n * p.in.k;
   }
 
-  __device__ Operands load(int tile, int pair, int token) const {
-    const Place at = locate(tile, pair);
+  __device__ Operands load(int pair, int token) const {
+    const Place at = locate(pair);
     Operands o = {0.f, 0.f, 1.f, 0.f, 0};
     const void* bias = at.matrix == 0 ? p.bq : at.matrix == 1 ? p.bk : p.bv;
     if (bias) {
@@ -67,8 +70,8 @@ struct QkvJob {
     return o;
   }
 
-  __device__ void store(int tile, int pair, int token, float a, float b, const Operands& o) const {
-    const Place at = locate(tile, pair);
+  __device__ void store(int pair, int token, float a, float b, const Operands& o) const {
+    const Place at = locate(pair);
     T* target = head_pointer<T>(p, at.matrix, at.head, token, o.slot);
     if (target == nullptr) return;
     a += o.bias_a;
@@ -80,14 +83,14 @@ struct QkvJob {
 
 template <typename T>
 void launch(const DecodeQkvParams& p, cudaStream_t stream) {
-  const int tiles = (p.heads + 2 * p.kv_heads) * (p.head_dim / 16);
-  launch_stream_linear<T>(p.in, QkvJob<T>{p}, tiles, stream);
+  launch_stream_linear<T>(p.in, QkvJob<T>{p}, stream);
   if (p.q_norm) {
     const int heads = p.in.tokens * (p.heads + p.kv_heads);
     allow_shared_memory(head_norm_kernel<T>, 0);
     launch_chained(head_norm_kernel<T>, (heads + kHeadWarps - 1) / kHeadWarps, 32 * kHeadWarps, 0,
                    stream, p);
   }
+  let_cache_be_read_ahead(stream);
 }
 
 }  // namespace

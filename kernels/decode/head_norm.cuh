@@ -35,8 +35,8 @@ __device__ __forceinline__ T* head_pointer(const DecodeQkvParams& p, int matrix,
 template <typename T>
 __global__ void __launch_bounds__(32 * kHeadWarps)
     head_norm_kernel(const __grid_constant__ DecodeQkvParams p) {
-  launch_dependents();
   wait_for_grid();
+  launch_dependents();
   const int lane = threadIdx.x % 32;
   const int index = blockIdx.x * kHeadWarps + threadIdx.x / 32;
   const int heads = p.heads + p.kv_heads;

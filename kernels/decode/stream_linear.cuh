@@ -1,8 +1,9 @@
 // Weight-streaming linear for 1 to 16 tokens: the floor is the bytes of the weights.
 //
-// Grid: at most two blocks per SM, block b takes tiles b, b + gridDim, ... Block: 8 warps.
-// Tile: 8 pairs of weight rows, all of k. What a pair is, the Job says: rows 2i and 2i + 1, gate
-// and up, or the two rows that RoPE rotates together. Both sums of a pair meet in one thread.
+// Grid: one block per SM, each with an equal share of the pairs of weight rows. Block: 8 warps.
+// What a pair is, the Job says: rows 2i and 2i + 1, gate and up, or the two rows that RoPE rotates
+// together. Both sums of a pair meet in one thread.
+// Tile: up to 8 pairs, all of k.
 // The 8 warps split k: warp w takes the chunks of 64 with index w mod 8. Each warp streams its
 // chunks (16 rows x 128 bytes) through a ring of its own in shared memory, kStages deep, with no
 // barrier but its own. The ring runs on across tiles, so memory never waits for an epilogue, and
@@ -14,6 +15,9 @@
 // Shared memory: rows are 128 bytes; the two halves of odd rows are swapped, so that two rows read
 // side by side never meet in a bank.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "common/launch.h"
 #include "common/ptx.cuh"
@@ -28,8 +32,8 @@ constexpr int kPairs = 8;               // pairs of rows in a tile
 constexpr int kChunk = 64;              // k in one chunk
 constexpr int kChunkBytes = 2 * kChunk; // of one row
 constexpr int kStageBytes = 2 * kPairs * kChunkBytes;
-// Stages of a warp's ring. On 9.0 exactly two blocks fit into an SM, so that the blocks of kernels
-// that overlap spread evenly over the SMs; on 8.6 one block must do with 99 KB.
+// Stages of a warp's ring. On 9.0 exactly two blocks fit into an SM: one of the kernel that runs
+// and one of the next, which so spreads evenly over the SMs; on 8.6 one block must do with 99 KB.
 constexpr int kStagesSm90 = 5, kStagesSm80 = 4;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kStages = kStagesSm80;
@@ -46,83 +50,117 @@ __device__ __forceinline__ uint32_t swizzle(int row, int piece) {
   return static_cast<uint32_t>(piece ^ ((row & 1) << 2)) * 16;
 }
 
-// Copies the tokens to shared memory as x_shared[token][padded_k], normalised if asked for.
+// Whether the division by the root of the mean square waits for the epilogue, where it costs
+// nothing. In fp16, x * weight alone could overflow.
+template <typename T>
+constexpr bool kNormsLast = std::is_same_v<T, __nv_bfloat16>;
+
+// log2 of the number of warps that share a token while it is staged.
+__device__ __forceinline__ int warps_per_token_log2(int tokens) {
+  return tokens == 1 ? 3 : tokens == 2 ? 2 : tokens <= 4 ? 1 : 0;
+}
+
+__device__ __forceinline__ float norm_scale(const TokensParams& p, const float* squares, int token) {
+  float sum = 0.f;
+  for (int i = 0; i < 1 << warps_per_token_log2(p.tokens); ++i) sum += squares[token * kWarps + i];
+  return rsqrtf(__fdividef(sum, static_cast<float>(p.k)) + p.eps);
+}
+
+// Copies the tokens to shared memory as x_shared[token][padded_k], times the norm's weight if there
+// is one, and leaves each warp's part of a token's sum of squares in `squares`.
 // Called by all threads, which leave it with the tokens visible to each other.
 template <typename T>
-__device__ void stage_tokens(const TokensParams& p, uint32_t x_shared, uint32_t norm_shared,
-                             float* partial) {
+__device__ __forceinline__ void stage_tokens(const TokensParams& p, uint32_t x_shared,
+                                             uint32_t norm_shared, float* squares) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warps_per_token = p.tokens == 1 ? 8 : p.tokens == 2 ? 4 : p.tokens <= 4 ? 2 : 1;
-  const int first_token = warp / warps_per_token;
-  const int token_step = kWarps / warps_per_token;
-  const int first_piece = warp % warps_per_token * 32 + lane;
-  const int piece_step = warps_per_token * 32;
+  const int shift = warps_per_token_log2(p.tokens);
+  const int warp_of_token = warp & ((1 << shift) - 1);
   const int pieces = padded_k(p.k) / 8;
+  const int first_piece = warp_of_token * 32 + lane, piece_step = 32 << shift;
   const auto address = [&](int token, int piece) {
     return x_shared + token * padded_k(p.k) * 2 + piece / 8 * kChunkBytes +
            swizzle(token, piece % 8);
   };
-
-  for (int token = first_token; token < p.tokens; token += token_step) {
-    const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(token) * p.k;
+  constexpr int kBatch = 4;  // loads under way at once
+  for (int token = warp >> shift; token < p.tokens; token += kWarps >> shift) {
+    const uint4* x = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) +
+                                                    static_cast<int64_t>(token) * p.k);
     float sum = 0.f;
-#pragma unroll 4
-    for (int piece = first_piece; piece < pieces; piece += piece_step) {
-      uint4 v = {0, 0, 0, 0};
-      if (piece * 8 < p.k) v = __ldcg(reinterpret_cast<const uint4*>(x) + piece);
-      store_shared_16(address(token, piece), v);
-      sum += sum_of_squares<T>(v);
+    for (int first = first_piece; first < pieces; first += kBatch * piece_step) {
+      uint4 v[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int piece = first + i * piece_step;
+        v[i] = piece * 8 < p.k ? __ldcg(x + piece) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int piece = first + i * piece_step;
+        if (piece >= pieces) break;
+        if (p.norm_weight != nullptr) {
+          sum += sum_of_squares<T>(v[i]);
+          if (kNormsLast<T>) {
+            v[i] = scale_by<T>(v[i], 1.f, load_shared_16(norm_shared + piece * 16));
+          }
+        }
+        store_shared_16(address(token, piece), v[i]);
+      }
     }
-    sum = warp_sum(sum);
-    if (lane == 0) partial[token * kWarps + warp % warps_per_token] = sum;
+    if (p.norm_weight != nullptr) {
+      sum = warp_sum(sum);
+      if (lane == 0) squares[token * kWarps + warp_of_token] = sum;
+    }
   }
   __syncthreads();
-  if (p.norm_weight == nullptr) return;
-
-  for (int token = first_token; token < p.tokens; token += token_step) {
-    float sum = 0.f;
-    for (int i = 0; i < warps_per_token; ++i) sum += partial[token * kWarps + i];
-    const float scale = rsqrtf(sum / p.k + p.eps);
-    for (int piece = first_piece; piece < pieces; piece += piece_step) {
-      const uint4 v = load_shared_16(address(token, piece));
-      const uint4 weight = load_shared_16(norm_shared + piece * 16);
-      store_shared_16(address(token, piece), scale_by<T>(v, scale, weight));
+  if constexpr (!kNormsLast<T>) {
+    if (p.norm_weight == nullptr) return;
+    for (int token = warp >> shift; token < p.tokens; token += kWarps >> shift) {
+      const float scale = norm_scale(p, squares, token);
+      for (int piece = first_piece; piece < pieces; piece += piece_step) {
+        const uint4 v = load_shared_16(address(token, piece));
+        const uint4 weight = load_shared_16(norm_shared + piece * 16);
+        store_shared_16(address(token, piece), scale_by<T>(v, scale, weight));
+      }
     }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 // A Job has:
-//   int tiles() const;
-//   const T* row(int tile, int pair, int side) const;     null where there is no such row
-//   Operands load(int tile, int pair, int token) const;   what the epilogue needs, fetched ahead
-//   void store(int tile, int pair, int token, float a, float b, const Operands&) const;
+//   bool kLetsCacheBeRead;                      see "Reading a cache ahead" in common/launch.h
+//   int pairs() const;
+//   const T* row(int pair, int side) const;     null where there is no such row
+//   Operands load(int pair, int token) const;   what the epilogue needs, fetched ahead
+//   void store(int pair, int token, float a, float b, const Operands&) const;
 template <typename T, typename Job, int kTokenTiles, bool kResident>
 __global__ void __launch_bounds__(kLinearThreads)
     stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job) {
-  launch_dependents();
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ float partial[kMaxTokens * kWarps];
+  __shared__ float squares[kMaxTokens * kWarps];  // of each token, by warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t ring = shared_address(shared) + warp * kStages * kStageBytes;
   float2* reduce = reinterpret_cast<float2*>(shared + kRingBytes);  // [buffer][warp][token][pair]
   const uint32_t x_shared = shared_address(shared) + kRingBytes + kReduceBytes * p.tokens;
   const uint32_t norm_shared = x_shared + p.tokens * padded_k(p.k) * 2;
 
-  const int tiles = job.tiles();
+  const int share = job.pairs() / gridDim.x, left_over = job.pairs() % gridDim.x;
+  const int first_pair = blockIdx.x * share + min(static_cast<int>(blockIdx.x), left_over);
+  const int end_pair = first_pair + share + (blockIdx.x < left_over);
   const int chunks = padded_k(p.k) / kChunk;
+  if (!Job::kLetsCacheBeRead) launch_dependents();
 
   // The producer: a lane brings pieces `lane % 8` of rows lane / 8 + {0, 4, 8, 12}.
-  int load_tile = warp < chunks ? static_cast<int>(blockIdx.x) : tiles;  // k may be short
+  int load_pair = warp < chunks ? first_pair : end_pair;  // k may be short
   int load_chunk = warp;
   const T* rows[4];
   const auto load_stage = [&](int stage) {
-    if (load_tile < tiles) {
+    if (load_pair < end_pair) {
       if (load_chunk == warp) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = lane / 8 + 4 * i;
-          rows[i] = job.row(load_tile, row % kPairs, row / kPairs);
+          const int pair = load_pair + row % kPairs;
+          rows[i] = pair < end_pair ? job.row(pair, row / kPairs) : nullptr;
         }
       }
       const int k = load_chunk * kChunk + lane % 8 * 8;
@@ -136,7 +174,7 @@ __global__ void __launch_bounds__(kLinearThreads)
       load_chunk += kWarps;
       if (load_chunk >= chunks) {
         load_chunk = warp;
-        load_tile += gridDim.x;
+        load_pair += kPairs;
       }
     }
     copy_async_commit();  // an empty group too, so that waiting counts stay the same
@@ -153,19 +191,24 @@ __global__ void __launch_bounds__(kLinearThreads)
 #pragma unroll 1  // compact code: a kernel's instructions come from memory, too, as each one starts
   for (int stage = 0; stage < kStages; ++stage) load_stage(stage);
   wait_for_grid();
+  if (Job::kLetsCacheBeRead) launch_dependents();
   if constexpr (kResident) {
     copy_async_wait<kStages - 1>();  // the norm's weights came with the first group
-    stage_tokens<T>(p, x_shared, norm_shared, partial);
+    __syncthreads();  // each thread waited for its own pieces of them
+    stage_tokens<T>(p, x_shared, norm_shared, squares);
   }
 
   const int group = lane / 4, quad = lane % 4;  // the row and the column pair of an mma fragment
   const uint32_t fragment = group * kChunkBytes + swizzle(group, quad);
   const int out_token = threadIdx.x / kPairs, out_pair = threadIdx.x % kPairs;
-  const bool stores = out_token < p.tokens;  // this thread stores the sums of one pair
+  const bool scales = kResident && kNormsLast<T> && p.norm_weight != nullptr;
+  const float scale = scales && out_token < p.tokens ? norm_scale(p, squares, out_token) : 1.f;
   int stage = 0, buffer = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = first_pair; tile < end_pair; tile += kPairs) {
+    // Whether this thread stores the sums of a pair.
+    const bool stores = out_token < p.tokens && tile + out_pair < end_pair;
     typename Job::Operands operands = {};
-    if (stores) operands = job.load(tile, out_pair, out_token);
+    if (stores) operands = job.load(tile + out_pair, out_token);
     float sums[2][kTokenTiles][4] = {};  // of the two halves of chunks: two chains of mma
     for (int chunk = warp; chunk < chunks; chunk += kWarps) {
       uint4 x[kTokenTiles][2];
@@ -236,7 +279,7 @@ __global__ void __launch_bounds__(kLinearThreads)
         a += sum.x;
         b += sum.y;
       }
-      job.store(tile, out_pair, out_token, a, b, operands);
+      job.store(tile + out_pair, out_token, a * scale, b * scale, operands);
     }
     buffer ^= 1;
   }
@@ -254,13 +297,14 @@ inline int shared_bytes(const TokensParams& in, bool resident) {
 
 // Whether a block keeps the tokens in shared memory. On 9.0 two blocks must fit into an SM.
 inline bool tokens_are_resident(const TokensParams& in) {
-  constexpr int kStaticBytes = 1024;
+  constexpr int kStaticBytes = kMaxTokens * kWarps * 4;
   const int limit = runs_sm90_code() ? 113 * 1024 : device_properties().max_shared_per_block;
   return shared_bytes(in, true) <= limit - kStaticBytes;
 }
 
 template <typename T, typename Job>
-void launch_stream_linear(TokensParams in, const Job& job, int tiles, cudaStream_t stream) {
+void launch_stream_linear(TokensParams in, const Job& job, cudaStream_t stream) {
+  const int pairs = job.pairs();
   const bool resident = tokens_are_resident(in);
   if (!resident && in.norm_weight) {
     launch_normalize_tokens(in, stream);
@@ -274,11 +318,7 @@ void launch_stream_linear(TokensParams in, const Job& job, int tiles, cudaStream
                                : stream_linear_kernel<T, Job, 2, false>;
   const int bytes = shared_bytes(in, resident);
   allow_shared_memory(kernel, bytes);
-  int per_sm = 0;
-  TTF_CUDA_CHECK(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kLinearThreads, bytes));
-  const int slots = device_properties().num_sms * (per_sm < 2 ? 1 : 2);
-  const int blocks = tiles < slots ? tiles : slots;
+  const int blocks = std::min(pairs, device_properties().num_sms);
   launch_chained(kernel, blocks, kLinearThreads, bytes, stream, in, job);
 }
 

@@ -89,3 +89,11 @@ def test_bad_input_is_refused(change, message):
     weight = normal(*change.get("weight", (64, 64)), dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
         decode_linear(x, weight.t() if "transposed" in change else weight)
+
+
+def test_norm_takes_what_is_near_the_end_of_fp16():
+    x = torch.full((1, 1, 512), 6e4, device="cuda", dtype=torch.float16)
+    weight = torch.full((16, 512), 1 / 512, device="cuda", dtype=torch.float16)
+    scale = torch.full((512,), 100.0, device="cuda", dtype=torch.float16)
+    out = decode_linear(x, weight, norm_weight=scale)
+    torch.testing.assert_close(out, torch.full_like(out, 100.0))  # exact but for the last rounding

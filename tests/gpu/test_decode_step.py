@@ -98,3 +98,28 @@ def test_a_captured_step_serves_every_length():
     count = MAX_LEN - 1
     eager, captured = decoder.trace(decoder.step, count), decoder.trace(graph.replay, count)
     assert torch.equal(eager[0], captured[0])
+
+
+def test_captured_attention_sees_what_was_written_just_before():
+    q = torch.randn(1, 8, 1, 64, device="cuda").bfloat16()
+    source = torch.randn(2, 1, 2, 4096, 64, device="cuda").bfloat16()
+    caches, length = torch.zeros_like(source), torch.zeros(1, dtype=torch.int64, device="cuda")
+    given = torch.full_like(length, 4000)
+
+    def run():
+        attention_decode(q, *caches, length)  # one that an attention may read its cache behind
+        caches.copy_(source)
+        length.copy_(given)
+        return attention_decode(q, *caches, length)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for filled in (4000, 17, 2222):
+        source.normal_()
+        given.fill_(filled)
+        caches.zero_()
+        length.zero_()
+        graph.replay()
+        assert torch.equal(out, attention_decode(q, *source, given))
