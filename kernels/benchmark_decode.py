@@ -1,6 +1,6 @@
 """Times the decode kernels on one GPU.
 
-    python kernels/benchmark_decode.py [--cases ceilings sampling attention 1B 8B]
+    python -m torchtune_fused.kernels.benchmark_decode [--cases ceilings sampling attention 1B 8B]
 
 Whole steps of Llama-3.2-1B and Llama-3.1-8B with random weights, their linears one by one,
 attention against PyTorch's cuDNN, and sampling. Everything runs in a captured CUDA graph over the
@@ -109,6 +109,7 @@ def nbytes(*tensors):
 def microseconds(run, launches=1):
     """Median time of a replay of ``run``, captured, divided by ``launches``."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
