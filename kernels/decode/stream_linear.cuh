@@ -40,6 +40,7 @@ constexpr int kStages = kStagesSm80;
 #else
 constexpr int kStages = kStagesSm90;
 #endif
+constexpr int kPace = 2;  // stages under way while a block waits for the grid ahead
 constexpr int kRingBytes = kWarps * kStages * kStageBytes;
 constexpr int kReduceBytes = 2 * kWarps * kPairs * 8;  // per token: two buffers of all warps' sums
 // A row of tokens in shared memory: whole chunks.
@@ -153,6 +154,7 @@ __global__ void __launch_bounds__(kLinearThreads)
   int load_pair = warp < chunks ? first_pair : end_pair;  // k may be short
   int load_chunk = warp;
   const T* rows[4];
+  const uint64_t evict_first = evict_first_policy();
   const auto load_stage = [&](int stage) {
     if (load_pair < end_pair) {
       if (load_chunk == warp) {
@@ -168,8 +170,8 @@ __global__ void __launch_bounds__(kLinearThreads)
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 8 + 4 * i;
         const bool valid = rows[i] != nullptr && k < p.k;
-        copy_async_16(ring + stage * kStageBytes + row * kChunkBytes + swizzle(row, lane % 8),
-                      valid ? rows[i] + k : static_cast<const T*>(p.x), valid);
+        copy_async_16_once(ring + stage * kStageBytes + row * kChunkBytes + swizzle(row, lane % 8),
+                           valid ? rows[i] + k : static_cast<const T*>(p.x), valid, evict_first);
       }
       load_chunk += kWarps;
       if (load_chunk >= chunks) {
@@ -189,7 +191,11 @@ __global__ void __launch_bounds__(kLinearThreads)
     }
   }
 #pragma unroll 1  // compact code: a kernel's instructions come from memory, too, as each one starts
-  for (int stage = 0; stage < kStages; ++stage) load_stage(stage);
+  for (int stage = 0; stage < kStages; ++stage) {
+    load_stage(stage);
+    // No faster than they arrive: what the running kernel asks for on this SM would wait behind them.
+    copy_async_wait<kPace - 1>();
+  }
   wait_for_grid();
   if (Job::kLetsCacheBeRead) launch_dependents();
   if constexpr (kResident) {
