@@ -187,7 +187,9 @@ def test_a_graph_is_not_replayed_on_what_has_changed():
     unpatch_model(model)
     for layer in model.layers:  # the stock module over the same slot again
         layer.attn.kv_cache.cache_pos.sub_(1)
-    torch.testing.assert_close(changed, step(12), rtol=0.05, atol=0.05)  # bf16 logits of order one
+    expected = step(12)
+    # bf16 through three layers; a replay on the old weights would be off by the size of the logits.
+    assert (changed - expected).norm() <= 0.05 * expected.norm()
 
 
 @torch.no_grad()
