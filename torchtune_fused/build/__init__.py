@@ -1,8 +1,8 @@
 """Finds or compiles the CUDA kernels, and loads them.
 
 ``load_kernels()`` where CUDA tensors first appear, ``kernel_status()`` to know what it does and
-why, and ``torchtune-fused build`` to compile ahead. Needs only torch: no other part of this
-package is imported from here.
+why, and ``torchtune-fused build`` to compile ahead. Needs torch, and nothing of torchtune: the ops
+import this.
 """
 
 from torchtune_fused.build.command import add_build_arguments, build_command

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from torchtune_fused.build.sources import source_hash, translation_units, unit_hash
 from torchtune_fused.build.target import Target
 from torchtune_fused.build.toolchain import BuildError, Toolchain
+from torchtune_fused.cache import cache_dir
 
 LIBRARY_NAME = "torchtune_fused.abi3.so"
 REPORT_NAME = "compiler.log"
@@ -81,16 +82,15 @@ class BuildInfo:
         return cls(fields["sources"], tuple(fields["cuda"]), target)
 
 
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/torchtune-fused/kernels``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "torchtune-fused", "kernels")
+def kernel_cache() -> Path:
+    """Where compiled kernels are kept."""
+    return cache_dir() / "kernels"
 
 
 def cached_library(folder: Path, target: Target, toolchain: Toolchain) -> Path:
     """Where the library of these sources, this torch, CUDA and target is, once it is built."""
     key = [source_hash(folder), torch.__version__, toolchain.version, str(target), *_FLAGS]
-    return cache_dir() / sha256("\0".join(key).encode()).hexdigest()[:16] / LIBRARY_NAME
+    return kernel_cache() / sha256("\0".join(key).encode()).hexdigest()[:16] / LIBRARY_NAME
 
 
 def build_library(folder: Path, target: Target, toolchain: Toolchain) -> Path:
@@ -163,7 +163,7 @@ class _Build:
 
     def _object(self, unit: Path) -> Path:
         context = [torch.__version__, self.toolchain.version, *self._flags(unit)]
-        return cache_dir() / "objects" / f"{unit_hash(self.folder, unit, *context)}.o"
+        return kernel_cache() / "objects" / f"{unit_hash(self.folder, unit, *context)}.o"
 
     def _compile(self, unit: Path, result: Path, threads: int) -> None:
         made = self.work / result.name
@@ -221,7 +221,7 @@ class _Build:
             text=True,
         )
         if done.returncode:
-            failed = cache_dir() / "failed.log"
+            failed = kernel_cache() / "failed.log"
             failed.write_text(f"{subprocess.list2cmdline(map(str, done.args))}\n{done.stdout}")
             errors = re.findall(r"^.*(?:error:|fatal|undefined).*$", done.stdout, re.MULTILINE)
             what = errors[0] if errors else f"exit status {done.returncode}"
