@@ -16,10 +16,11 @@ class HostValue:
     def __init__(self, value: Tensor) -> None:
         self._copied = None
         if value.is_cuda:
+            stream = torch.cuda.current_stream(value.device)
             host = torch.empty_like(value, device="cpu", pin_memory=True)
             value = host.copy_(value, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(stream)
         self._value = value
 
     def get(self) -> bool | int | float:

@@ -34,15 +34,17 @@ class CapturedCall:
         Returns:
             Tensor: What the function returns. The next call overwrites it.
         """
-        if not self._warm or not any(x is not None and x.is_cuda for x in inputs):
+        device = next(x.device for x in inputs if x is not None)
+        if not self._warm or device.type != "cuda":
             self._warm = True
             return self._function(*inputs)
-        if self._graph is None:
-            self._capture(inputs)
-        for static, x in zip(self._inputs, inputs, strict=True):
-            if static is not None:
-                static.copy_(x)
-        self._graph.replay()
+        with torch.cuda.device(device):  # graphs are captured and replayed on the current one
+            if self._graph is None:
+                self._capture(inputs)
+            for static, x in zip(self._inputs, inputs, strict=True):
+                if static is not None:
+                    static.copy_(x)
+            self._graph.replay()
         return self._output
 
     def _capture(self, inputs: tuple[Tensor | None, ...]) -> None:
