@@ -11,25 +11,28 @@ class ClosedForm(torch.autograd.Function):
     """The reference of devices without a kernel, differentiable on the CPU too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, *options):
-        out, lse = closed_form(q, k, v, mask, *options)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
+    def forward(ctx, q, k, v, mask, documents, *options):
+        out, lse = closed_form(q, k, v, mask, None, documents, *options)
+        ctx.save_for_backward(q, k, v, out, lse, mask, None, documents)
         ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return *closed_form_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 4
+        grads = closed_form_backward(grad, *ctx.saved_tensors, *ctx.options, False)
+        return *grads, *[None] * (2 + len(ctx.options))
 
 
-def reference(q, k, v, mask=None, causal=False, scale=None, window=None):
+def reference(
+    q, k, v, mask=None, causal=False, scale=None, window=None, documents=None, softcap=None
+):
     mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ClosedForm.apply(q, k, v, mask, causal, scale, window)
+    return ClosedForm.apply(q, k, v, mask, documents, causal, scale, window, softcap)
 
 
-def op(q, k, v, mask=None, causal=False, scale=None, window=None):
-    return attention(q, k, v, mask, causal=causal, scale=scale, window=window)
+def op(q, k, v, mask=None, **options):
+    return attention(q, k, v, mask, **options)
 
 
 def qkv(b=2, h=4, h_kv=2, s=7, s_kv=None, d=16, dtype=torch.float32):
