@@ -193,8 +193,8 @@ def _cpu_mask(q, k, mask, causal, window, documents):
     return (None if seen is None else additive(seen, q.dtype)), False
 
 
-# mask is bool, or the bits of a MaskTiles, whose kinds then come along. lse is log(sum(exp(scores)))
-# in fp32, natural logarithm of scores as softcap leaves them; 0 where no key is seen.
+# mask is bool, or the bits of a MaskTiles, whose kinds then come along. lse is in fp32 the natural
+# log(sum(exp(scores))) of the scores as softcap leaves them; 0 where no key is seen.
 @define_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? mask_kinds, Tensor? documents, "
     "bool causal, float scale, int? window, float? softcap) -> (Tensor out, Tensor lse)",
