@@ -29,7 +29,11 @@ from torchtune_fused.ops.attention_mask import (
     mask_tiles,
     visible,
 )
-from torchtune_fused.ops.attention_pytorch import pytorch_attention
+from torchtune_fused.ops.attention_pytorch import (
+    cudnn_backward,
+    cudnn_is_faster,
+    pytorch_attention,
+)
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -274,11 +278,16 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad):
+    q, k, v, out, lse, *hidden = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if q.is_cuda:
+        others = any(t is not None for t in (*hidden, ctx.window, ctx.softcap))
+        if cudnn_is_faster(q, k, v, ctx.causal, others, deterministic):
+            grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, ctx.causal, ctx.scale)
+            return *grads, *[None] * 7
     grads = torch.ops.torchtune_fused.attention_backward(
-        unit_stride(grad),
-        *ctx.saved_tensors,
-        *(ctx.causal, ctx.scale, ctx.window, ctx.softcap),
-        torch.are_deterministic_algorithms_enabled(),
+        *(unit_stride(grad), q, k, v, out, lse, *hidden),
+        *(ctx.causal, ctx.scale, ctx.window, ctx.softcap, deterministic),
     )
     return *grads, *[None] * 7
 

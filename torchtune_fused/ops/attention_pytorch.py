@@ -47,3 +47,63 @@ def pytorch_attention(
             scores = scores.masked_fill(~seen, -torch.inf)
         out = (scores.softmax(-1) @ at_least_fp32(v)).to(q.dtype)
     return out if empty is None else out.masked_fill(empty, 0)
+
+
+def cudnn_is_faster(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, hidden: bool, deterministic: bool
+) -> bool:
+    """Who computes the gradients of `attention` on CUDA: cuDNN or our kernel.
+
+    ======================  =========  ==========================================================
+    case                    who        why
+    ======================  =========  ==========================================================
+    9.0, causal or no mask  cuDNN      its backward runs on wgmma, ours on mma: see
+                                       kernels/PERFORMANCE.md
+    any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
+    other GPUs              ours       all run on mma there
+    deterministic           ours       cuDNN's sums dQ in any order
+    a layout that is not    ours       PyTorch caches cuDNN's plans by the strides of q, k and v,
+    [b, s, h, d]                       and would take one made for another layout of the output
+    ======================  =========  ==========================================================
+
+    Args:
+        q (Tensor): queries, as `attention` was given them.
+        k (Tensor): keys.
+        v (Tensor): values.
+        causal (bool): whether later keys are hidden.
+        hidden (bool): whether anything but ``causal`` changes the scores.
+        deterministic (bool): whether the same bits are asked for in every run.
+
+    Returns:
+        bool: True for cuDNN.
+    """
+    return (
+        not (hidden or deterministic)
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.shape[-1] <= 128
+        and q.shape[2] > 1  # which cuDNN refuses
+        and (not causal or q.shape[2] == k.shape[2])
+        and all(t.stride(0) >= t.stride(2) >= t.stride(1) >= t.stride(3) for t in (q, k, v))
+    )
+
+
+def cudnn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention by cuDNN, from the output and log-sum-exp of our kernel.
+
+    ``grad`` and ``out`` must be ``[b, s, h, d]`` in memory.
+    """
+    no_dropout = lse.new_empty(0, dtype=torch.int64)
+    return _cudnn_backward(
+        *(grad, q, k, v, out, lse.unsqueeze(-1), no_dropout, no_dropout, None, None, None),
+        *(q.shape[2], k.shape[2], 0.0, causal),
+        scale=scale,
+    )
