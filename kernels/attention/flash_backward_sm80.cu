@@ -1,0 +1,115 @@
+// The passes of the backward: the queries' statistics, then the gradients, then dQ in its own type.
+#include "attention/flash_backward.h"
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+
+namespace torchtune_fused {
+
+template <int D>
+struct FlashBackwardSm80 {
+  static void launch(const FlashAttentionBackwardParams& params,
+                     const FlashBackwardWorkspace& workspace, cudaStream_t stream);
+};
+
+namespace {
+
+constexpr int kRowWarps = 4;  // warps of a block, each with a row, or 16 rows, of its own
+
+// A warp per query, padding included: delta = sum(grad_out * out).
+template <typename T>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
+                     const __grid_constant__ FlashBackwardWorkspace workspace) {
+  const FlashAttentionParams& p = params.forward;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
+  const int query = row % workspace.padded_queries;
+  const int64_t head = row / workspace.padded_queries % p.heads;
+  const int64_t batch = row / workspace.padded_queries / p.heads;
+  if (batch >= p.batch) return;
+  RowStats stats = {0.f, 0.f};
+  if (query < p.queries) {
+    const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] +
+                   head * p.out_stride[1] + query * p.out_stride[2];
+    const T* grad = static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
+                    head * params.grad_out_stride[1] + query * params.grad_out_stride[2];
+    for (int column = lane * 2; column < p.head_dim; column += 64) {
+      const float2 o = unpack<T>(*reinterpret_cast<const uint32_t*>(out + column));
+      const float2 g = unpack<T>(*reinterpret_cast<const uint32_t*>(grad + column));
+      stats.delta = fmaf(o.x, g.x, fmaf(o.y, g.y, stats.delta));
+    }
+    stats.delta = warp_sum(stats.delta);
+    stats.lse = p.lse[(batch * p.heads + head) * p.queries + query] * 1.4426950408889634f;
+  }
+  if (lane == 0) workspace.stats[row] = stats;
+}
+
+// A warp per 16 queries: the fp32 sums of dQ, times the scale.
+template <typename T>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    convert_grad_q_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
+                          const __grid_constant__ FlashBackwardWorkspace workspace) {
+  const FlashAttentionParams& p = params.forward;
+  const int lane = threadIdx.x % 32, group_row = lane / 4, quad = lane % 4;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
+  const int tiles = workspace.padded_queries / 16;
+  const int64_t head = tile / tiles % p.heads, batch = tile / tiles / p.heads;
+  if (batch >= p.batch) return;
+  const float* sums = workspace.grad_q + tile * 16 * workspace.padded_dim;
+  T* rows = static_cast<T*>(params.grad_q) + batch * params.grad_q_stride[0] +
+            head * params.grad_q_stride[1];
+  const float scale = static_cast<float>(p.scale);
+  for (int column = 0; column < p.head_dim; column += 8) {
+    float d[4];
+    read_fragment(d, sums + column * 16, lane);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int query = tile % tiles * 16 + j * 8 + group_row;
+      if (query >= p.queries) continue;
+      *reinterpret_cast<uint32_t*>(rows + query * params.grad_q_stride[2] + column + quad * 2) =
+          pack<T>(d[2 * j] * scale, d[2 * j + 1] * scale);
+    }
+  }
+}
+
+unsigned blocks_for(int64_t warps) {
+  return static_cast<unsigned>((warps + kRowWarps - 1) / kRowWarps);
+}
+
+}  // namespace
+
+int64_t flash_backward_workspace_sm80(const FlashAttentionBackwardParams& p) {
+  const FlashBackwardWorkspace workspace(p, nullptr);
+  return workspace.rows(p) * static_cast<int64_t>(sizeof(RowStats)) + workspace.grad_q_bytes(p);
+}
+
+void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* memory,
+                                cudaStream_t stream) {
+  const int d = p.forward.head_dim;
+  TTF_CHECK(d > 0 && d <= 256 && d % 8 == 0,
+            "the head dimension must be a multiple of 8 up to 256, got ", d);
+  TTF_CHECK(p.forward.length == nullptr, "the backward takes no length");
+  if (p.forward.queries == 0 || p.forward.keys == 0 || p.forward.batch == 0) return;
+  const FlashBackwardWorkspace workspace(p, memory);
+  const bool half = p.forward.dtype == DType::kFloat16;
+
+  const auto row_stats = half ? row_stats_kernel<__half> : row_stats_kernel<__nv_bfloat16>;
+  row_stats<<<blocks_for(workspace.rows(p)), 32 * kRowWarps, 0, stream>>>(p, workspace);
+  TTF_CUDA_CHECK(cudaGetLastError());
+  if (!p.deterministic) {
+    TTF_CUDA_CHECK(cudaMemsetAsync(workspace.grad_q, 0, workspace.grad_q_bytes(p), stream));
+  }
+  switch (workspace.padded_dim) {
+    case 64: FlashBackwardSm80<64>::launch(p, workspace, stream); break;
+    case 96: FlashBackwardSm80<96>::launch(p, workspace, stream); break;
+    case 128: FlashBackwardSm80<128>::launch(p, workspace, stream); break;
+    default: FlashBackwardSm80<256>::launch(p, workspace, stream);
+  }
+  if (!p.deterministic) {
+    const auto convert = half ? convert_grad_q_kernel<__half> : convert_grad_q_kernel<__nv_bfloat16>;
+    convert<<<blocks_for(workspace.rows(p) / 16), 32 * kRowWarps, 0, stream>>>(p, workspace);
+    TTF_CUDA_CHECK(cudaGetLastError());
+  }
+}
+
+}  // namespace torchtune_fused
