@@ -437,7 +437,14 @@ def test_autocast(assert_same):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"mask": bool_mask()}, {"input_pos": torch.arange(S)}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({}, {"mask": bool_mask()}, {"input_pos": torch.arange(S)}),
+        {"mask": documents(2, S)[0]},
+    ],
+    ids=["", "mask", "input_pos", "BlockMask"],
+)
 def test_compiles_without_graph_breaks(kwargs):
     fused, _ = pair(norms=True)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
