@@ -3,9 +3,10 @@
     python -m torchtune_fused.kernels.benchmark_attention [--cases causal full packed dense mask]
 
 Tensors are as projections give them, [b, s, h, d] in memory, of random bf16. A figure is the median
-of 20 runs, those of all contenders taken in turn; arithmetic counts what the mask leaves: 4 flops
-forward and 10 backward for each visible pair of tokens and channel. Packed documents are timed with
-the making of the mask, from torchtune's document ids on, and so are the dense masks.
+of 20 runs, those of all contenders taken in turn, each queued behind a pause so that the GPU never
+waits for Python, as in training; arithmetic counts what the mask leaves: 4 flops forward and 10
+backward for each visible pair of tokens and channel. Packed documents are timed with the making of
+the mask, from torchtune's document ids on, and so are the dense masks.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torchtune_fused.build import load_kernels
 from torchtune_fused.ops import attention, document_bounds, mask_tiles
 
 RUNS = 20
+PAUSE = 40_000_000  # cycles, longer than it takes to queue any contender
 SHAPES = [  # b, h, h_kv, s, d
     (1, 32, 8, 8192, 128),
     (4, 32, 8, 4096, 128),
@@ -46,6 +48,7 @@ def milliseconds(contenders):
     for _ in range(RUNS):
         for name, measured in times.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(PAUSE)
             start.record()
             contenders[name]()
             end.record()
