@@ -1,7 +1,7 @@
 // The gradient of the queries by itself, for runs that must give the same bits every time: it makes
 // the scores again, where flash_backward_sm80.cuh would add to sums in an order left to chance.
 //
-// Grid: a block for each tile of 16 kWarps queries of each head, those that see the most keys first.
+// Grid: a block for each tile of 16 kWarps queries of each head, in the order of flash_schedule.h.
 // Block: kWarps warps of 16 queries each: S = Q K^T and dP = dO V^T, whose registers are the A
 // fragments of dQ += dS K. Shared memory: queries and gradients of the output [16 kWarps, D], then
 // two stages of keys and values [kBlockN, D].
@@ -9,6 +9,7 @@
 
 #include "attention/flash_backward.h"
 #include "attention/flash_mask.cuh"
+#include "attention/flash_schedule.h"
 #include "attention/flash_tiles.cuh"
 #include "common/launch.h"
 
@@ -18,7 +19,8 @@ template <typename T, int D, int kBlockN, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
     flash_backward_q_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                             const __grid_constant__ FlashBackwardWorkspace workspace,
-                            const __grid_constant__ ScoreScale scale) {
+                            const __grid_constant__ ScoreScale scale,
+                            const __grid_constant__ Schedule schedule) {
   constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kWarps;
   constexpr uint32_t kQueryBytes = kBlockM * D * 2, kKeyBytes = kBlockN * D * 2;
   const FlashAttentionParams& p = params.forward;
@@ -26,9 +28,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
 
-  const int head = blockIdx.x % p.heads, batch = blockIdx.x / p.heads % p.batch;
-  const int tiles_m = (p.queries + kBlockM - 1) / kBlockM;
-  const int first_query = (tiles_m - 1 - static_cast<int>(blockIdx.x / p.heads / p.batch)) * kBlockM;
+  int tile_m, head;
+  schedule.locate(blockIdx.x, tile_m, head);
+  const int batch = head / p.heads;
+  head %= p.heads;
+  const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
   const int kv_head = head / (p.heads / p.kv_heads);
   const int queries = min(kBlockM, p.queries - first_query);
   const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
@@ -51,9 +55,7 @@ __global__ void __launch_bounds__(32 * kWarps)
                                     p.v_stride[2], p.keys - first, p.head_dim);
   };
 
-  int tile = 0, next_tile = 0;
-  bool partial = false, next_partial = false;
-  bool more = walk.next(tile, partial);
+  VisitedTile tile = walk.next();
   load_tile<kBlockM, D, kThreads>(q_tile,
                                   static_cast<const T*>(p.q) + batch * p.q_stride[0] +
                                       head * p.q_stride[1] + first_query * p.q_stride[2],
@@ -63,11 +65,11 @@ __global__ void __launch_bounds__(32 * kWarps)
       static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
           head * params.grad_out_stride[1] + first_query * params.grad_out_stride[2],
       params.grad_out_stride[2], queries, p.head_dim);
-  if (more) load_keys(tile, 0);
+  if (tile.exists()) load_keys(tile.index(), 0);
   copy_async_commit();
 
-  const MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
-                        read_bt = b_transposed_reader<D>(lane);
+  MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
+                  read_bt = b_transposed_reader<D>(lane);
   const int warp_row = warp * 16;
   RowStats stats[2];  // of rows group_row and group_row + 8
 #pragma unroll
@@ -78,12 +80,15 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   float grad_q[D / 8][4] = {};
 
-  for (int stage = 0; more; stage ^= 1) {
+  for (int stage = 0; tile.exists(); stage ^= 1) {
     const uint32_t k_tile = ring + stage * 2 * kKeyBytes, v_tile = k_tile + kKeyBytes;
-    const bool has_next = walk.next(next_tile, next_partial);
+    const VisitedTile next = walk.next();
+    read_a.forget();
+    read_b.forget();
+    read_bt.forget();
     copy_async_wait<0>();
     __syncthreads();
-    if (has_next) load_keys(next_tile, stage ^ 1);
+    if (next.exists()) load_keys(next.index(), stage ^ 1);
     copy_async_commit();
 
     float s[1][kBlockN / 8][4] = {}, dp[kBlockN / 8][4] = {};
@@ -110,14 +115,16 @@ __global__ void __launch_bounds__(32 * kWarps)
         for (int e = 0; e < 4; ++e) s[0][n][e] = scale.bend(s[0][n][e]);
       }
     }
-    if (partial) {
-      mask_scores<kBlockN>(s, p, batch, head, p.keys, first_query + warp_row, tile * kBlockN);
+    if (tile.partial()) {
+      mask_scores<kBlockN>(s, p, batch, head, p.keys, first_query + warp_row, tile.index() * kBlockN);
     }
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        dp[n][e] = scale.grad_score(s[0][n][e], dp[n][e], stats[e / 2].lse, stats[e / 2].delta).y;
+        const RowStats& row = stats[e / 2];
+        const float probability = exp2_fast(fmaf(s[0][n][e], scale.factor, -row.lse));
+        dp[n][e] = scale.grad_score(probability, dp[n][e], row.lse, row.delta);
       }
     }
 #pragma unroll
@@ -133,9 +140,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         mma_16x8x16<T>(grad_q[2 * d + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
-    tile = next_tile;
-    partial = next_partial;
-    more = has_next;
+    tile = next;
   }
   copy_async_wait<0>();
 
@@ -162,10 +167,11 @@ void launch_flash_backward_q(const FlashAttentionBackwardParams& p,
   constexpr int kBlockM = 16 * kWarps, kBytes = (2 * kBlockM + 4 * kBlockN) * D * 2;
   const auto kernel = flash_backward_q_kernel<T, D, kBlockN, kWarps>;
   allow_shared_memory(kernel, kBytes);
-  const int64_t blocks = static_cast<int64_t>(p.forward.queries + kBlockM - 1) / kBlockM *
-                         p.forward.batch * p.forward.heads;
-  kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, kBytes, stream>>>(p, workspace,
-                                                                         ScoreScale(p.forward));
+  const FlashAttentionParams& f = p.forward;
+  const Schedule schedule =
+      Schedule::make(static_cast<int64_t>(f.batch) * f.heads, (f.queries + kBlockM - 1) / kBlockM,
+                     f.heads / f.kv_heads, int64_t{4} * f.keys * D * f.kv_heads / f.heads);
+  kernel<<<schedule.blocks(), 32 * kWarps, kBytes, stream>>>(p, workspace, ScoreScale(f), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }
 

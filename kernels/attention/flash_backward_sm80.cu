@@ -13,35 +13,44 @@ struct FlashBackwardSm80 {
 
 namespace {
 
-constexpr int kRowWarps = 4;  // warps of a block, each with a row, or 16 rows, of its own
+constexpr int kRowWarps = 8;  // of a block of the passes before and after
 
-// A warp per query, padding included: delta = sum(grad_out * out).
+constexpr int kRowLanes = 16;  // lanes that share a query
+
+// 16 lanes per query, padding included: delta = sum(grad_out * out), and zeros for the sums of dQ.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowWarps)
     row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                      const __grid_constant__ FlashBackwardWorkspace workspace) {
   const FlashAttentionParams& p = params.forward;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % kRowLanes;
+  const int64_t row =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kRowLanes;
   const int query = row % workspace.padded_queries;
   const int64_t head = row / workspace.padded_queries % p.heads;
   const int64_t batch = row / workspace.padded_queries / p.heads;
-  if (batch >= p.batch) return;
   RowStats stats = {0.f, 0.f};
-  if (query < p.queries) {
+  if (batch < p.batch && query < p.queries) {
     const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] +
                    head * p.out_stride[1] + query * p.out_stride[2];
     const T* grad = static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
                     head * params.grad_out_stride[1] + query * params.grad_out_stride[2];
-    for (int column = lane * 2; column < p.head_dim; column += 64) {
-      const float2 o = unpack<T>(*reinterpret_cast<const uint32_t*>(out + column));
-      const float2 g = unpack<T>(*reinterpret_cast<const uint32_t*>(grad + column));
-      stats.delta = fmaf(o.x, g.x, fmaf(o.y, g.y, stats.delta));
+    for (int column = lane * 8; column < p.head_dim; column += 8 * kRowLanes) {
+      const uint4 o = *reinterpret_cast<const uint4*>(out + column);
+      const uint4 g = *reinterpret_cast<const uint4*>(grad + column);
+      stats.delta += dot<T>(o, g);
     }
-    stats.delta = warp_sum(stats.delta);
     stats.lse = p.lse[(batch * p.heads + head) * p.queries + query] * 1.4426950408889634f;
   }
+#pragma unroll
+  for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
+    stats.delta += __shfl_xor_sync(~0u, stats.delta, offset);
+  }
+  if (batch >= p.batch) return;
   if (lane == 0) workspace.stats[row] = stats;
+  if (params.deterministic) return;
+  float4* sums = reinterpret_cast<float4*>(workspace.grad_q + row * workspace.padded_dim);
+  for (int i = lane; i < workspace.padded_dim / 4; i += kRowLanes) sums[i] = {0.f, 0.f, 0.f, 0.f};
 }
 
 // A warp per 16 queries: the fp32 sums of dQ, times the scale.
@@ -59,6 +68,7 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   T* rows = static_cast<T*>(params.grad_q) + batch * params.grad_q_stride[0] +
             head * params.grad_q_stride[1];
   const float scale = static_cast<float>(p.scale);
+#pragma unroll 4
   for (int column = 0; column < p.head_dim; column += 8) {
     float d[4];
     read_fragment(d, sums + column * 16, lane);
@@ -72,8 +82,8 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   }
 }
 
-unsigned blocks_for(int64_t warps) {
-  return static_cast<unsigned>((warps + kRowWarps - 1) / kRowWarps);
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + 32 * kRowWarps - 1) / (32 * kRowWarps));
 }
 
 }  // namespace
@@ -94,11 +104,8 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   const bool half = p.forward.dtype == DType::kFloat16;
 
   const auto row_stats = half ? row_stats_kernel<__half> : row_stats_kernel<__nv_bfloat16>;
-  row_stats<<<blocks_for(workspace.rows(p)), 32 * kRowWarps, 0, stream>>>(p, workspace);
+  row_stats<<<blocks_for(workspace.rows(p) * kRowLanes), 32 * kRowWarps, 0, stream>>>(p, workspace);
   TTF_CUDA_CHECK(cudaGetLastError());
-  if (!p.deterministic) {
-    TTF_CUDA_CHECK(cudaMemsetAsync(workspace.grad_q, 0, workspace.grad_q_bytes(p), stream));
-  }
   switch (workspace.padded_dim) {
     case 64: FlashBackwardSm80<64>::launch(p, workspace, stream); break;
     case 96: FlashBackwardSm80<96>::launch(p, workspace, stream); break;
@@ -107,7 +114,7 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   }
   if (!p.deterministic) {
     const auto convert = half ? convert_grad_q_kernel<__half> : convert_grad_q_kernel<__nv_bfloat16>;
-    convert<<<blocks_for(workspace.rows(p) / 16), 32 * kRowWarps, 0, stream>>>(p, workspace);
+    convert<<<blocks_for(workspace.rows(p) * 2), 32 * kRowWarps, 0, stream>>>(p, workspace);
     TTF_CUDA_CHECK(cudaGetLastError());
   }
 }

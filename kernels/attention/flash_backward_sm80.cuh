@@ -1,17 +1,16 @@
 // Gradients of attention of many queries with mma, for 8.0 and up.
 //
-// Grid: a block for each tile of keys of each key head, one dimension; the tiles that the most
-// queries see under a causal mask come first. Block: kKeyWarps x kSplits warps.
+// Grid: a block for each tile of N keys of each key head, in the order of flash_schedule.h.
+// Block: kKeyWarps x kSplits warps.
 // A warp owns 16 kTilesN keys: it makes transposed scores S^T = K Q^T and dP^T = V dO^T, [keys,
 // queries], whose registers are already the A fragments of dV += P^T dO and dK += dS^T Q, summed in
 // registers over all queries and all heads that read the key head. kSplits warps share the same
 // keys where head_dim is too large, and divide the columns of dK and dV.
-// Only dS^T passes through shared memory: for dQ = dS K, which sums over the keys of all warps. That
-// product runs one tile of queries late, so that one barrier a tile is enough, and its result is
+// Only dS^T passes through shared memory, for dQ = dS K, which sums over the keys of all warps and is
 // added to fp32 sums in global memory. (Dao, FlashAttention-2, 2023, has the formulas.)
-// Shared memory: keys [N, D], two stages of queries and of gradients of the output [kBlockM, D]
-// (first of all the values pass through them, on the way to registers), two of dS^T [N, kBlockM],
-// and two of the queries' statistics.
+// Shared memory: keys [N, D], two stages of queries, one of gradients of the output [kBlockM, D]
+// (first of all the values pass through these, on the way to registers), dS^T [N, kBlockM], and two
+// stages of the queries' statistics.
 #pragma once
 
 #include "attention/flash_backward_q_sm80.cuh"
@@ -33,15 +32,17 @@ struct BackwardTiles {
   static constexpr int kQueryBytes = kBlockM * D * 2;
   static constexpr int kScoreBytes = kBlockN * kBlockM * 2;
   static constexpr int kStatBytes = kBlockM * static_cast<int>(sizeof(RowStats));
-  static constexpr int kShared = kKeyBytes + 4 * kQueryBytes + 2 * kScoreBytes + 2 * kStatBytes;
-  static_assert(kBlockN <= 4 * kBlockM && kBackwardRows % kBlockM == 0 && kColumnsQ % 8 == 0);
+  static constexpr int kShared =
+      kKeyBytes + std::max(kKeyBytes, 3 * kQueryBytes + kScoreBytes + 2 * kStatBytes);
+  static_assert(kBackwardRows % kBlockM == 0 && kColumnsQ % 8 == 0);
 };
 
 template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits, int kBlocksPerSm>
 __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
     flash_backward_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                           const __grid_constant__ FlashBackwardWorkspace workspace,
-                          const __grid_constant__ ScoreScale scale) {
+                          const __grid_constant__ ScoreScale scale,
+                          const __grid_constant__ Schedule schedule) {
   using Tiles = BackwardTiles<D, kBlockM, kTilesN, kKeyWarps, kSplits>;
   constexpr int kBlockN = Tiles::kBlockN, kThreads = Tiles::kThreads;
   constexpr int kOwnColumns = D / kSplits;
@@ -51,8 +52,11 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   const int group_row = lane / 4, quad = lane % 4;
   const int key_warp = warp % kKeyWarps, split = warp / kKeyWarps;
 
-  const int kv_head = blockIdx.x % p.kv_heads, batch = blockIdx.x / p.kv_heads % p.batch;
-  const int first_key = static_cast<int>(blockIdx.x / p.kv_heads / p.batch) * kBlockN;
+  int tile_n, kv_head;
+  schedule.locate(blockIdx.x, tile_n, kv_head);
+  int batch = kv_head / p.kv_heads;
+  kv_head %= p.kv_heads;
+  const int first_key = tile_n * kBlockN;
   const int keys = min(kBlockN, p.keys - first_key);
   const int heads_per_group = p.heads / p.kv_heads;
   const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1] +
@@ -62,8 +66,9 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
 
   const uint32_t k_tile = shared_address(shared);
   const uint32_t stages = k_tile + Tiles::kKeyBytes;
-  const uint32_t scores = stages + 4 * Tiles::kQueryBytes;
-  const uint32_t stats = scores + 2 * Tiles::kScoreBytes;
+  const uint32_t do_tile = stages + 2 * Tiles::kQueryBytes;
+  const uint32_t score_tile = do_tile + Tiles::kQueryBytes;
+  const uint32_t stats = score_tile + Tiles::kScoreBytes;
 
   load_tile<kBlockN, D, kThreads>(k_tile, k, p.k_stride[2], keys, p.head_dim);
   load_tile<kBlockN, D, kThreads>(stages, v, p.v_stride[2], keys, p.head_dim);
@@ -79,25 +84,20 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   const int end =
       (min(queries_of_key(p, batch, first_key + keys - 1).end, p.queries) + kBlockM - 1) / kBlockM;
   TileWalk walk(begin, end, kind_of);
-  const auto advance = [&](int& tile, bool& partial) {
-    while (!walk.next(tile, partial)) {
-      if (++next_head == (kv_head + 1) * heads_per_group) return false;
+  const auto advance = [&] {
+    VisitedTile tile = walk.next();
+    while (!tile.exists() && ++next_head < (kv_head + 1) * heads_per_group) {
       walk.restart(begin);
+      tile = walk.next();
     }
-    return true;
+    return tile;
   };
   const auto load_queries = [&](int tile, int stage) {
     const int first = tile * kBlockM;
-    const uint32_t q_tile = stages + stage * Tiles::kQueryBytes;
-    load_tile<kBlockM, D, kThreads>(q_tile,
+    load_tile<kBlockM, D, kThreads>(stages + stage * Tiles::kQueryBytes,
                                     static_cast<const T*>(p.q) + batch * p.q_stride[0] +
                                         next_head * p.q_stride[1] + first * p.q_stride[2],
                                     p.q_stride[2], p.queries - first, p.head_dim);
-    load_tile<kBlockM, D, kThreads>(
-        q_tile + 2 * Tiles::kQueryBytes,
-        static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
-            next_head * params.grad_out_stride[1] + first * params.grad_out_stride[2],
-        params.grad_out_stride[2], p.queries - first, p.head_dim);
     if (threadIdx.x < kBlockM / 2) {
       copy_async_16(stats + stage * Tiles::kStatBytes + threadIdx.x * 16,
                     workspace.stats +
@@ -107,10 +107,18 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
                     true);
     }
   };
+  const auto load_grad_out = [&](int tile) {
+    const int first = tile * kBlockM;
+    load_tile<kBlockM, D, kThreads>(
+        do_tile,
+        static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
+            next_head * params.grad_out_stride[1] + first * params.grad_out_stride[2],
+        params.grad_out_stride[2], p.queries - first, p.head_dim);
+  };
 
-  const MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
-                        read_bt = b_transposed_reader<D>(lane);
-  const MatrixReader<kBlockM> read_scores = a_transposed_reader<kBlockM>(lane);
+  MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
+                  read_bt = b_transposed_reader<D>(lane);
+  MatrixReader<kBlockM> read_scores = a_transposed_reader<kBlockM>(lane);
   const int warp_key = key_warp * kTilesN * 16;
   copy_async_wait<0>();
   __syncthreads();
@@ -127,20 +135,17 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   float grad_k[kTilesN][kOwnColumns / 8][4] = {}, grad_v[kTilesN][kOwnColumns / 8][4] = {};
 
   // dQ = dS K of 16 queries and some columns, over all keys of the block.
-  const auto add_grad_q = [&](int of_head, int tile, int stage) {
+  const auto add_grad_q = [&](int tile) {
     constexpr int kColumns = Tiles::kColumnsQ;
     const int query_tile = warp % Tiles::kQueryTiles;
     const int first_piece = warp / Tiles::kQueryTiles * (kColumns / 8);
-    const uint32_t score_tile = scores + stage * Tiles::kScoreBytes;
     float sum[kColumns / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < kBlockN / 32; ++kk) {
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        load_matrix_x4_transposed(a[i], score_tile + Tile<kBlockM>::offset(
-                                            kk * 32 + i * 16 + lane % 8 + lane / 16 * 8,
-                                            2 * query_tile + lane / 8 % 2));
+        load_matrix_x4_transposed(a[i], read_scores(score_tile, kk * 32 + i * 16, query_tile));
       }
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
@@ -151,7 +156,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         mma_16x8x16<T>(sum[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
       }
     }
-    const int64_t row_tile = ((static_cast<int64_t>(batch) * p.heads + of_head) *
+    const int64_t row_tile = ((static_cast<int64_t>(batch) * p.heads + head) *
                                   workspace.padded_queries +
                               tile * kBlockM) / 16 + query_tile;
     float* target = workspace.grad_q + (row_tile * (D / 8) + first_piece) * 128;
@@ -159,26 +164,28 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
     for (int n = 0; n < kColumns / 8; ++n) add_fragment(target + n * 128, lane, sum[n]);
   };
 
-  int tile = 0, next_tile = 0, last_tile = 0, last_head = -1, stage = 0;
-  bool partial = false, next_partial = false;
-  bool more = advance(tile, partial);
-  if (more) load_queries(tile, 0);
+  VisitedTile tile = advance();
+  if (tile.exists()) {
+    load_queries(tile.index(), 0);
+    load_grad_out(tile.index());
+  }
   head = next_head;
   copy_async_commit();
 
-  for (; more; stage ^= 1) {
+  for (int stage = 0; tile.exists(); stage ^= 1) {
     const uint32_t q_tile = stages + stage * Tiles::kQueryBytes;
-    const uint32_t do_tile = q_tile + 2 * Tiles::kQueryBytes;
-    const uint32_t score_tile = scores + stage * Tiles::kScoreBytes;
-    const bool has_next = advance(next_tile, next_partial);
+    const VisitedTile next = advance();
+    read_a.forget();
+    read_b.forget();
+    read_bt.forget();
+    read_scores.forget();
     copy_async_wait<0>();
-    __syncthreads();  // the queries and the last dS are there, and the other stage is free
-    if (has_next) load_queries(next_tile, stage ^ 1);
+    __syncthreads();  // the tile is there, and nobody needs the queries or dS of the last any more
+    if (next.exists()) load_queries(next.index(), stage ^ 1);
     copy_async_commit();
-    if (last_head >= 0 && !params.deterministic) add_grad_q(last_head, last_tile, stage ^ 1);
 
-    // S^T = K Q^T and dP^T = V dO^T.
-    float s[kTilesN][kBlockM / 8][4] = {}, dp[kTilesN][kBlockM / 8][4] = {};
+    // S^T = K Q^T.
+    float s[kTilesN][kBlockM / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[kTilesN][4];
@@ -195,6 +202,39 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         }
       }
     }
+    if (scale.bent) {
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) {
+#pragma unroll
+        for (int m = 0; m < kBlockM / 8; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[i][m][e] = scale.bend(s[i][m][e]);
+        }
+      }
+    }
+    if (tile.partial()) {
+      mask_scores_transposed<kBlockM>(s, p, batch, head, tile.index() * kBlockM,
+                                      first_key + warp_key);
+    }
+    // P^T = exp(S^T - lse), rounded at once: fp32 copies would not fit into the registers.
+    uint32_t pt[kTilesN][kBlockM / 8][2];  // of rows group_row and group_row + 8
+#pragma unroll
+    for (int m = 0; m < kBlockM / 8; ++m) {
+      const uint32_t at = stats + stage * Tiles::kStatBytes + (m * 8 + quad * 2) * sizeof(RowStats);
+      const uint4 words = load_shared_16(at);
+      const float lse[2] = {__uint_as_float(words.x), __uint_as_float(words.z)};
+#pragma unroll
+      for (int i = 0; i < kTilesN; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          pt[i][m][j] = pack<T>(exp2_fast(fmaf(s[i][m][2 * j], scale.factor, -lse[0])),
+                                exp2_fast(fmaf(s[i][m][2 * j + 1], scale.factor, -lse[1])));
+        }
+      }
+    }
+
+    // dP^T = V dO^T, and dS^T = P^T (dP^T - delta).
+    float dp[kTilesN][kBlockM / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
 #pragma unroll
@@ -210,45 +250,21 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
       }
     }
 
-    // P^T = exp(S^T - lse), dS^T = P^T (dP^T - delta) times the softcap's slope.
-    if (scale.bent) {
-#pragma unroll
-      for (int i = 0; i < kTilesN; ++i) {
-#pragma unroll
-        for (int m = 0; m < kBlockM / 8; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[i][m][e] = scale.bend(s[i][m][e]);
-        }
-      }
-    }
-    if (partial) {
-      mask_scores_transposed<kBlockM>(s, p, batch, head, tile * kBlockM, first_key + warp_key);
-    }
+    uint32_t dst[kTilesN][kBlockM / 8][2];
 #pragma unroll
     for (int m = 0; m < kBlockM / 8; ++m) {
-      const uint4 words = load_shared_16(stats + stage * Tiles::kStatBytes +
-                                         (m * 8 + quad * 2) * sizeof(RowStats));
-      const float lse[2] = {__uint_as_float(words.x), __uint_as_float(words.z)};
-      const float delta[2] = {__uint_as_float(words.y), __uint_as_float(words.w)};
+      const uint32_t at = stats + stage * Tiles::kStatBytes + (m * 8 + quad * 2) * sizeof(RowStats);
+      const uint4 words = load_shared_16(at);
+      const RowStats first = {__uint_as_float(words.x), __uint_as_float(words.y)};
+      const RowStats second = {__uint_as_float(words.z), __uint_as_float(words.w)};
 #pragma unroll
       for (int i = 0; i < kTilesN; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float2 pair = scale.grad_score(s[i][m][e], dp[i][m][e], lse[e % 2], delta[e % 2]);
-          s[i][m][e] = pair.x;
-          dp[i][m][e] = pair.y;
-        }
-      }
-    }
-    uint32_t pt[kTilesN][kBlockM / 8][2], dst[kTilesN][kBlockM / 8][2];  // [row group_row, + 8]
-#pragma unroll
-    for (int i = 0; i < kTilesN; ++i) {
-#pragma unroll
-      for (int m = 0; m < kBlockM / 8; ++m) {
-#pragma unroll
         for (int j = 0; j < 2; ++j) {
-          pt[i][m][j] = pack<T>(s[i][m][2 * j], s[i][m][2 * j + 1]);
-          dst[i][m][j] = pack<T>(dp[i][m][2 * j], dp[i][m][2 * j + 1]);
+          const float2 probability = unpack<T>(pt[i][m][j]);
+          dst[i][m][j] =
+              pack<T>(scale.grad_score(probability.x, dp[i][m][2 * j], first.lse, first.delta),
+                      scale.grad_score(probability.y, dp[i][m][2 * j + 1], second.lse, second.delta));
           if (kSplits == 1 || split == 0) {
             store_shared_4(score_tile + quad * 4 +
                                Tile<kBlockM>::offset(warp_key + i * 16 + j * 8 + group_row, m),
@@ -258,7 +274,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
       }
     }
 
-    // dV += P^T dO and dK += dS^T Q.
+    // dV += P^T dO, dK += dS^T Q, and dQ.
 #pragma unroll
     for (int m = 0; m < kBlockM / 16; ++m) {
 #pragma unroll
@@ -273,6 +289,9 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         }
       }
     }
+    __syncthreads();  // dS is there, and nobody needs the gradients of the output any more
+    if (next.exists()) load_grad_out(next.index());
+    copy_async_commit();
 #pragma unroll
     for (int m = 0; m < kBlockM / 16; ++m) {
 #pragma unroll
@@ -287,18 +306,10 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         }
       }
     }
-    last_tile = tile;
-    last_head = head;
-    tile = next_tile;
+    if (!params.deterministic) add_grad_q(tile.index());
+    tile = next;
     head = next_head;
-    partial = next_partial;
-    more = has_next;
   }
-  if (last_head >= 0 && !params.deterministic) {
-    __syncthreads();
-    add_grad_q(last_head, last_tile, stage ^ 1);
-  }
-
   T* grad_k_rows = static_cast<T*>(params.grad_k) + batch * params.grad_k_stride[0] +
                    kv_head * params.grad_k_stride[1] + first_key * params.grad_k_stride[2];
   T* grad_v_rows = static_cast<T*>(params.grad_v) + batch * params.grad_v_stride[0] +
@@ -331,10 +342,12 @@ void launch_flash_backward_tiles(const FlashAttentionBackwardParams& p,
   const auto kernel =
       flash_backward_kernel<T, D, kBlockM, kTilesN, kKeyWarps, kSplits, kBlocksPerSm>;
   allow_shared_memory(kernel, Tiles::kShared);
-  const int64_t blocks = static_cast<int64_t>(p.forward.keys + Tiles::kBlockN - 1) /
-                         Tiles::kBlockN * p.forward.batch * p.forward.kv_heads;
-  kernel<<<static_cast<unsigned>(blocks), Tiles::kThreads, Tiles::kShared, stream>>>(
-      p, workspace, ScoreScale(p.forward));
+  const FlashAttentionParams& f = p.forward;
+  const Schedule schedule = Schedule::make(static_cast<int64_t>(f.batch) * f.kv_heads,
+                                           (f.keys + Tiles::kBlockN - 1) / Tiles::kBlockN, 1,
+                                           int64_t{8} * f.queries * D);
+  kernel<<<schedule.blocks(), Tiles::kThreads, Tiles::kShared, stream>>>(p, workspace,
+                                                                         ScoreScale(f), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -348,17 +361,14 @@ struct FlashBackwardSm80 {
 template <int D>
 void FlashBackwardSm80<D>::launch(const FlashAttentionBackwardParams& p,
                                   const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
-  constexpr int kBlockM = D == 256 ? 16 : 32;
+  constexpr int kBlockM = D == 128 ? 64 : D == 256 ? 16 : 32;
   constexpr int kTilesN = D == 64 ? 2 : 1;
   constexpr int kKeyWarps = D == 128 || D == 96 ? 8 : 4;
   constexpr int kSplits = D == 256 ? 2 : 1;
-  constexpr int kBlocksPerSm = D == 64 ? 2 : 1;
   const auto launch =
       p.forward.dtype == DType::kFloat16
-          ? launch_flash_backward_tiles<__half, D, kBlockM, kTilesN, kKeyWarps, kSplits,
-                                        kBlocksPerSm>
-          : launch_flash_backward_tiles<__nv_bfloat16, D, kBlockM, kTilesN, kKeyWarps, kSplits,
-                                        kBlocksPerSm>;
+          ? launch_flash_backward_tiles<__half, D, kBlockM, kTilesN, kKeyWarps, kSplits, 1>
+          : launch_flash_backward_tiles<__nv_bfloat16, D, kBlockM, kTilesN, kKeyWarps, kSplits, 1>;
   launch(p, workspace, stream);
   if (!p.deterministic) return;
   (p.forward.dtype == DType::kFloat16 ? launch_flash_backward_q<__half, D>

@@ -1,7 +1,6 @@
 // Attention of many queries with mma, for 8.0 and up (Dao, FlashAttention-2, 2023).
 //
-// Grid: a block for each tile of kBlockM queries of each head, one dimension; the tiles that see the
-// most keys under a causal mask come first, and the heads that share keys are neighbours.
+// Grid: a block for each tile of kBlockM queries of each head, in the order of flash_schedule.h.
 // Block: kWarps warps of kBlockM / kWarps queries each. The queries stay in shared memory, the tiles
 // of kBlockN keys and of their values stream through kStages buffers (cp.async), and scores,
 // probabilities and sums never leave registers.
@@ -10,6 +9,7 @@
 #pragma once
 
 #include "attention/flash_mask.cuh"
+#include "attention/flash_schedule.h"
 #include "attention/flash_tiles.cuh"
 #include "common/launch.h"
 
@@ -21,7 +21,8 @@ constexpr int kFlashForwardShared = (kBlockM + 2 * kStages * kBlockN) * D * 2;
 template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm>
 __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ FlashAttentionParams p,
-                         const __grid_constant__ ScoreScale scale) {
+                         const __grid_constant__ ScoreScale scale,
+                         const __grid_constant__ Schedule schedule) {
   constexpr int kThreads = 32 * kWarps;
   constexpr int kTilesM = kBlockM / kWarps / 16;  // of a warp
   constexpr uint32_t kTileBytes = kBlockN * D * 2;
@@ -29,15 +30,18 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
 
-  const int head = blockIdx.x % p.heads, batch = blockIdx.x / p.heads % p.batch;
-  const int tiles_m = (p.queries + kBlockM - 1) / kBlockM;
-  const int first_query = (tiles_m - 1 - static_cast<int>(blockIdx.x / p.heads / p.batch)) * kBlockM;
-  const int kv_head = head / (p.heads / p.kv_heads);
+  int tile_m, head;
+  schedule.locate(blockIdx.x, tile_m, head);
+  int batch = head / p.heads;
+  head %= p.heads;
+  const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
   const int queries = min(kBlockM, p.queries - first_query);
   const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
                first_query * p.q_stride[2];
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
-  const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
+  const auto key_rows = [&](const void* tensor, const int64_t(&stride)[3], int tile) {
+    return static_cast<const T*>(tensor) + batch * stride[0] +
+           head / (p.heads / p.kv_heads) * stride[1] + tile * kBlockN * stride[2];
+  };
 
   const uint32_t q_tile = shared_address(shared);
   const uint32_t ring = q_tile + kBlockM * D * 2;
@@ -52,25 +56,22 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
 
   const auto load_keys = [&](int tile, int stage) {
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kTileBytes, k + tile * kBlockN * p.k_stride[2],
-                                    p.k_stride[2], length - tile * kBlockN, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kTileBytes, key_rows(p.k, p.k_stride, tile), p.k_stride[2], length - tile * kBlockN, p.head_dim);
   };
   const auto load_values = [&](int tile, int stage) {
     load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kTileBytes,
-                                    v + tile * kBlockN * p.v_stride[2], p.v_stride[2],
+                                    key_rows(p.v, p.v_stride, tile), p.v_stride[2],
                                     length - tile * kBlockN, p.head_dim);
   };
 
-  int tile = 0, next_tile = 0;
-  bool partial = false, next_partial = false;
-  bool more = walk.next(tile, partial);
+  VisitedTile tile = walk.next();
   load_tile<kBlockM, D, kThreads>(q_tile, q, p.q_stride[2], queries, p.head_dim);
-  if (more) load_keys(tile, 0);
-  if (more && kStages == 2) load_values(tile, 0);
+  if (tile.exists()) load_keys(tile.index(), 0);
+  if (tile.exists() && kStages == 2) load_values(tile.index(), 0);
   copy_async_commit();
 
-  const MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
-                        read_bt = b_transposed_reader<D>(lane);
+  MatrixReader<D> read_q = a_reader<D>(lane), read_k = b_reader<D>(lane),
+                  read_v = b_transposed_reader<D>(lane);
   const int warp_row = warp * kTilesM * 16;
   float out[kTilesM][D / 8][4] = {};
   // Of this lane's rows (2 i + j: row group_row + 8 j of the warp's tile i): what is subtracted in
@@ -82,18 +83,22 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     sum[r] = 0.f;
   }
 
-  for (int stage = 0; more; stage ^= kStages - 1) {
+  for (int stage = 0; tile.exists(); stage ^= kStages - 1) {
     const uint32_t k_tile = ring + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
-    const bool has_next = walk.next(next_tile, next_partial);
+    const VisitedTile next = walk.next();
+    forget(head, batch);
+    read_q.forget();
+    read_k.forget();
+    read_v.forget();
     copy_async_wait<0>();
     __syncthreads();  // the keys are there, and nobody needs the tile before any more
     if constexpr (kStages == 2) {
-      if (has_next) {
-        load_keys(next_tile, stage ^ 1);
-        load_values(next_tile, stage ^ 1);
+      if (next.exists()) {
+        load_keys(next.index(), stage ^ 1);
+        load_values(next.index(), stage ^ 1);
       }
     } else {
-      load_values(tile, 0);
+      load_values(tile.index(), 0);
     }
     copy_async_commit();
 
@@ -103,11 +108,11 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_matrix_x4(a[i], read_a(q_tile, warp_row + 16 * i, kk));
+      for (int i = 0; i < kTilesM; ++i) load_matrix_x4(a[i], read_q(q_tile, warp_row + 16 * i, kk));
 #pragma unroll
       for (int n = 0; n < kBlockN / 16; ++n) {
         uint32_t b[4];
-        load_matrix_x4(b, read_b(k_tile, 16 * n, kk));
+        load_matrix_x4(b, read_k(k_tile, 16 * n, kk));
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
           mma_16x8x16<T>(s[i][2 * n], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
@@ -126,8 +131,10 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
         }
       }
     }
-    if (partial) {
-      mask_scores<kBlockN>(s, p, batch, head, length, first_query + warp_row, tile * kBlockN);
+    if (tile.partial()) {
+      mask_scores<kBlockN>(s, p, batch, head, length,
+                           first_query + thread_index() / 32 * (16 * kTilesM),
+                           tile.index() * kBlockN);
     }
 
     // The base of a row moves only when the maximum has outgrown it by 2^8: fp32 sums bear that,
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     if constexpr (kStages == 1) {
       copy_async_wait<0>();
       __syncthreads();  // the values are there, and nobody needs the keys any more
-      if (has_next) load_keys(next_tile, 0);
+      if (next.exists()) load_keys(next.index(), 0);
       copy_async_commit();
     }
 
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, read_bt(v_tile, 16 * kk, d));
+        load_matrix_x4_transposed(b, read_v(v_tile, 16 * kk, d));
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
           mma_16x8x16<T>(out[i][2 * d], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
@@ -198,9 +205,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
         }
       }
     }
-    tile = next_tile;
-    partial = next_partial;
-    more = has_next;
+    tile = next;
   }
   copy_async_wait<0>();
   __syncthreads();  // for the queries, where no tile was visited
@@ -242,9 +247,10 @@ void launch_flash_forward_tiles(const FlashAttentionParams& p, cudaStream_t stre
       flash_forward_kernel<T, D, kBlockM, kBlockN, kWarps, kStages, kBlocksPerSm>;
   constexpr int kBytes = kFlashForwardShared<D, kBlockM, kBlockN, kStages>;
   allow_shared_memory(kernel, kBytes);
-  const int64_t blocks =
-      static_cast<int64_t>(p.queries + kBlockM - 1) / kBlockM * p.batch * p.heads;
-  kernel<<<static_cast<unsigned>(blocks), 32 * kWarps, kBytes, stream>>>(p, ScoreScale(p));
+  const Schedule schedule =
+      Schedule::make(static_cast<int64_t>(p.batch) * p.heads, (p.queries + kBlockM - 1) / kBlockM,
+                     p.heads / p.kv_heads, int64_t{4} * p.keys * D * p.kv_heads / p.heads);
+  kernel<<<schedule.blocks(), 32 * kWarps, kBytes, stream>>>(p, ScoreScale(p), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -6,7 +6,7 @@
 // brings a table of its own. Only partial tiles look at single elements.
 #pragma once
 
-#include "attention/flash_attention.h"
+#include "attention/flash_tiles.cuh"
 
 namespace torchtune_fused {
 
@@ -106,7 +106,7 @@ template <int kBlockN, int kTilesM>
 __device__ __forceinline__ void mask_scores(float (&s)[kTilesM][kBlockN / 8][4],
                                             const FlashAttentionParams& p, int batch, int head,
                                             int length, int first_query, int first_key) {
-  const int quad = threadIdx.x % 4, group_row = threadIdx.x % 32 / 4;
+  const int thread = thread_index(), quad = thread % 4, group_row = thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * kTilesM; ++r) {
     const int query = min(first_query + r * 8 + group_row, p.queries - 1);
@@ -138,7 +138,7 @@ template <int kBlockM, int kTilesN>
 __device__ __forceinline__ void mask_scores_transposed(float (&s)[kTilesN][kBlockM / 8][4],
                                                        const FlashAttentionParams& p, int batch,
                                                        int head, int first_query, int first_key) {
-  const int quad = threadIdx.x % 4, group_row = threadIdx.x % 32 / 4;
+  const int thread = thread_index(), quad = thread % 4, group_row = thread % 32 / 4;
   Range ranges[2 * kTilesN];
 #pragma unroll
   for (int r = 0; r < 2 * kTilesN; ++r) {
@@ -164,6 +164,15 @@ __device__ __forceinline__ void mask_scores_transposed(float (&s)[kTilesN][kBloc
   }
 }
 
+// One register, since it lives through the loops that need them all.
+struct VisitedTile {
+  int code;
+
+  __device__ __forceinline__ bool exists() const { return code >= 0; }
+  __device__ __forceinline__ int index() const { return code >> 1; }
+  __device__ __forceinline__ bool partial() const { return code & 1; }
+};
+
 // Walks over the tiles that are not empty. Each lane of a warp looks at one of 32 tiles, so that
 // long runs of empty ones cost little; all warps walk alike.
 template <typename KindOf>
@@ -175,11 +184,11 @@ class TileWalk {
 
   __device__ __forceinline__ void restart(int begin) { base_ = begin - 32; }
 
-  // Moves on to the next tile, or returns false.
-  __device__ __forceinline__ bool next(int& tile, bool& partial) {
+  // The next tile, or none.
+  __device__ __forceinline__ VisitedTile next() {
     while (visible_ == 0) {
       base_ += 32;
-      if (base_ >= end_) return false;
+      if (base_ >= end_) return {-1};
       const int mine = base_ + static_cast<int>(threadIdx.x % 32);
       const MaskTileKind kind = mine < end_ ? kind_of_(mine) : kTileEmpty;
       visible_ = __ballot_sync(~0u, kind != kTileEmpty);
@@ -187,9 +196,7 @@ class TileWalk {
     }
     const int bit = __ffs(visible_) - 1;
     visible_ &= visible_ - 1;
-    tile = base_ + bit;
-    partial = partial_ >> bit & 1;
-    return true;
+    return {(base_ + bit) * 2 + static_cast<int>(partial_ >> bit & 1)};
   }
 
  private:

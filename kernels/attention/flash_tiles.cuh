@@ -11,6 +11,18 @@
 
 namespace torchtune_fused {
 
+// Registers are what these kernels are short of. Without the following the compiler would keep all
+// that it can derive from a value that a loop doesn't change, each in a register of its own.
+template <typename... Ints>
+__device__ __forceinline__ void forget(Ints&... values) {
+  (void(([&] { asm volatile("" : "+r"(values)); })()), ...);
+}
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+  return index;
+}
+
 template <int kColumns>
 struct Tile {
   static constexpr int kPieces = kColumns / 8;
@@ -39,13 +51,19 @@ struct MatrixReader {
   __device__ __forceinline__ uint32_t operator()(uint32_t tile, int rows, int pair) const {
     return tile + row_offset + (piece_offset ^ (pair * 32)) + rows * Tile<kColumns>::kRowBytes;
   }
+  __device__ __forceinline__ void forget() { torchtune_fused::forget(piece_offset); }
 };
 
-// 16 x 16 blocks: [m, k] as A; [n, k] as two B side by side; [k, n] likewise, transposed.
+// 16 x 16 blocks, as A: [m, k], or [k, m] transposed.
 template <int kColumns>
 __device__ __forceinline__ MatrixReader<kColumns> a_reader(int lane) {
   return {lane % 16, lane / 16};
 }
+template <int kColumns>
+__device__ __forceinline__ MatrixReader<kColumns> a_transposed_reader(int lane) {
+  return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
+}
+// As two B side by side: [n, k], or [k, n] transposed.
 template <int kColumns>
 __device__ __forceinline__ MatrixReader<kColumns> b_reader(int lane) {
   return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
@@ -53,11 +71,6 @@ __device__ __forceinline__ MatrixReader<kColumns> b_reader(int lane) {
 template <int kColumns>
 __device__ __forceinline__ MatrixReader<kColumns> b_transposed_reader(int lane) {
   return {lane % 16, lane / 16};
-}
-// [k, m] as A, transposed.
-template <int kColumns>
-__device__ __forceinline__ MatrixReader<kColumns> a_transposed_reader(int lane) {
-  return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
 }
 
 // Starts the copy of kRows rows; those from `rows` on, and columns from head_dim on, become zeros.
@@ -68,7 +81,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_
   constexpr int kWidth = kPieces % 8 == 0 ? kPieces : 4;  // pieces of a row at a time
   constexpr int kStep = kThreads / kWidth;                // rows at a time
   static_assert(kPieces % kWidth == 0 && kThreads % kWidth == 0);
-  const int first_row = threadIdx.x / kWidth, first_piece = threadIdx.x % kWidth;
+  const int thread = thread_index(), first_row = thread / kWidth, first_piece = thread % kWidth;
   const T* from = source + first_row * row_stride + first_piece * 8;
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
@@ -120,17 +133,13 @@ struct ScoreScale {
   __device__ __forceinline__ float bend(float product) const {
     return outer == 0.f ? product * inner : outer * tanh_fast(product * inner);
   }
-  // The probability of a score, x, and the gradient of the score, y, given that of the probability
-  // and the row's statistics.
-  __device__ __forceinline__ float2 grad_score(float score, float grad, float lse,
-                                               float delta) const {
-    const float probability = exp2_fast(fmaf(score, factor, -lse));
-    float grad_score = probability * (grad - delta);
-    if (outer != 0.f && probability > 0.f) {  // the softcap's slope, 1 - tanh^2
-      const float t = __fdividef(score, outer);
-      grad_score *= 1.f - t * t;
-    }
-    return {probability, grad_score};
+  // The gradient of a score, given its probability, the gradient of that, and the row's statistics.
+  __device__ __forceinline__ float grad_score(float probability, float grad, float lse,
+                                              float delta) const {
+    const float grad_score = probability * (grad - delta);
+    if (outer == 0.f || probability == 0.f) return grad_score;
+    const float t = __fdividef(__log2f(probability) + lse, outer);  // the softcap's tanh
+    return grad_score * (1.f - t * t);
   }
 };
 
