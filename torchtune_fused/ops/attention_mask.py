@@ -88,7 +88,7 @@ def check_mask(
     if isinstance(mask, MaskTiles):
         kinds, bits = mask
         check_device(op, "mask", bits, "q", q)
-        rows, columns = (n // TILE + (n % TILE > 0) for n in (s, s_kv))
+        rows, columns = ((n + TILE - 1) // TILE for n in (s, s_kv))
         leading = tuple(n if n == 1 else m for n, m in zip(bits.shape[:2], (b, h), strict=True))
         check_shape(op, "the bits of mask", bits, (*leading, s, 2 * columns))
         check_shape(op, "the kinds of mask", kinds, (*leading, rows, columns))
