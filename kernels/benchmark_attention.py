@@ -21,7 +21,7 @@ from torchtune_fused.build import load_kernels
 from torchtune_fused.ops import attention, document_bounds, mask_tiles
 
 RUNS = 20
-PAUSE = 40_000_000  # cycles, longer than it takes to queue any contender
+PAUSE = 20_000_000  # cycles, longer than it takes to queue any contender
 SHAPES = [  # b, h, h_kv, s, d
     (1, 32, 8, 8192, 128),
     (4, 32, 8, 4096, 128),
