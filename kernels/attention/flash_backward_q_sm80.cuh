@@ -30,13 +30,14 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   int tile_m, head;
   schedule.locate(blockIdx.x, tile_m, head);
-  const int batch = head / p.heads;
+  int batch = head / p.heads;
   head %= p.heads;
   const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
-  const int kv_head = head / (p.heads / p.kv_heads);
   const int queries = min(kBlockM, p.queries - first_query);
-  const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
-  const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
+  const auto key_rows = [&](const void* tensor, const int64_t(&stride)[3], int first) {
+    return static_cast<const T*>(tensor) + batch * stride[0] +
+           head / (p.heads / p.kv_heads) * stride[1] + first * stride[2];
+  };
   const uint32_t q_tile = shared_address(shared), do_tile = q_tile + kQueryBytes;
   const uint32_t ring = do_tile + kQueryBytes;
 
@@ -49,10 +50,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
   const auto load_keys = [&](int tile, int stage) {
     const int first = tile * kBlockN;
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, k + first * p.k_stride[2],
-                                    p.k_stride[2], p.keys - first, p.head_dim);
-    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes, v + first * p.v_stride[2],
-                                    p.v_stride[2], p.keys - first, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, key_rows(p.k, p.k_stride, first), p.k_stride[2], p.keys - first, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes, key_rows(p.v, p.v_stride, first), p.v_stride[2], p.keys - first, p.head_dim);
   };
 
   VisitedTile tile = walk.next();
@@ -68,8 +67,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (tile.exists()) load_keys(tile.index(), 0);
   copy_async_commit();
 
-  MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
-                  read_bt = b_transposed_reader<D>(lane);
+  MatrixReader<D> read_rows = row_reader<D>(lane), read_columns = column_reader<D>(lane);
   const int warp_row = warp * 16;
   RowStats stats[2];  // of rows group_row and group_row + 8
 #pragma unroll
@@ -83,9 +81,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int stage = 0; tile.exists(); stage ^= 1) {
     const uint32_t k_tile = ring + stage * 2 * kKeyBytes, v_tile = k_tile + kKeyBytes;
     const VisitedTile next = walk.next();
-    read_a.forget();
-    read_b.forget();
-    read_bt.forget();
+    forget(head, batch);
+    read_rows.forget();
+    read_columns.forget();
     copy_async_wait<0>();
     __syncthreads();
     if (next.exists()) load_keys(next.index(), stage ^ 1);
@@ -95,15 +93,15 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t q[4], grad[4];
-      load_matrix_x4(q, read_a(q_tile, warp_row, kk));
-      load_matrix_x4(grad, read_a(do_tile, warp_row, kk));
+      load_matrix_x4(q, read_rows(q_tile, warp_row, kk));
+      load_matrix_x4(grad, read_rows(do_tile, warp_row, kk));
 #pragma unroll
       for (int n = 0; n < kBlockN / 16; ++n) {
         uint32_t b[4];
-        load_matrix_x4(b, read_b(k_tile, 16 * n, kk));
+        load_matrix_x4(b, read_columns(k_tile, 16 * n, kk));
         mma_16x8x16<T>(s[0][2 * n], q[0], q[1], q[2], q[3], b[0], b[1]);
         mma_16x8x16<T>(s[0][2 * n + 1], q[0], q[1], q[2], q[3], b[2], b[3]);
-        load_matrix_x4(b, read_b(v_tile, 16 * n, kk));
+        load_matrix_x4(b, read_columns(v_tile, 16 * n, kk));
         mma_16x8x16<T>(dp[2 * n], grad[0], grad[1], grad[2], grad[3], b[0], b[1]);
         mma_16x8x16<T>(dp[2 * n + 1], grad[0], grad[1], grad[2], grad[3], b[2], b[3]);
       }
@@ -124,7 +122,8 @@ __global__ void __launch_bounds__(32 * kWarps)
       for (int e = 0; e < 4; ++e) {
         const RowStats& row = stats[e / 2];
         const float probability = exp2_fast(fmaf(s[0][n][e], scale.factor, -row.lse));
-        dp[n][e] = scale.grad_score(probability, dp[n][e], row.lse, row.delta);
+        dp[n][e] = probability * (dp[n][e] - row.delta);
+        if (scale.outer != 0.f) dp[n][e] *= scale.slope(probability, row.lse);
       }
     }
 #pragma unroll
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, read_bt(k_tile, 16 * kk, d));
+        load_matrix_x4_transposed(b, read_rows(k_tile, 16 * kk, d));
         mma_16x8x16<T>(grad_q[2 * d], a[0], a[1], a[2], a[3], b[0], b[1]);
         mma_16x8x16<T>(grad_q[2 * d + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
@@ -170,7 +169,7 @@ void launch_flash_backward_q(const FlashAttentionBackwardParams& p,
   const FlashAttentionParams& f = p.forward;
   const Schedule schedule =
       Schedule::make(static_cast<int64_t>(f.batch) * f.heads, (f.queries + kBlockM - 1) / kBlockM,
-                     f.heads / f.kv_heads, int64_t{4} * f.keys * D * f.kv_heads / f.heads);
+                     f.heads / f.kv_heads, int64_t{4} * f.keys * D * f.kv_heads / f.heads, 2);
   kernel<<<schedule.blocks(), 32 * kWarps, kBytes, stream>>>(p, workspace, ScoreScale(f), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }

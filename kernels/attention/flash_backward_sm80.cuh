@@ -6,11 +6,12 @@
 // queries], whose registers are already the A fragments of dV += P^T dO and dK += dS^T Q, summed in
 // registers over all queries and all heads that read the key head. kSplits warps share the same
 // keys where head_dim is too large, and divide the columns of dK and dV.
-// Only dS^T passes through shared memory, for dQ = dS K, which sums over the keys of all warps and is
+// Only dS^T passes through shared memory: for dQ = dS K, which sums over the keys of all warps. That
+// product runs one tile of queries late, so that one barrier a tile is enough, and its result is
 // added to fp32 sums in global memory. (Dao, FlashAttention-2, 2023, has the formulas.)
-// Shared memory: keys [N, D], two stages of queries, one of gradients of the output [kBlockM, D]
-// (first of all the values pass through these, on the way to registers), dS^T [N, kBlockM], and two
-// stages of the queries' statistics.
+// Shared memory: keys [N, D], two stages of queries and of gradients of the output [kBlockM, D]
+// (first of all the values pass through these, on the way to registers), two of dS^T [N, kBlockM],
+// and two of the queries' statistics.
 #pragma once
 
 #include "attention/flash_backward_q_sm80.cuh"
@@ -33,12 +34,12 @@ struct BackwardTiles {
   static constexpr int kScoreBytes = kBlockN * kBlockM * 2;
   static constexpr int kStatBytes = kBlockM * static_cast<int>(sizeof(RowStats));
   static constexpr int kShared =
-      kKeyBytes + std::max(kKeyBytes, 3 * kQueryBytes + kScoreBytes + 2 * kStatBytes);
+      kKeyBytes + std::max(kKeyBytes, 4 * kQueryBytes + 2 * kScoreBytes + 2 * kStatBytes);
   static_assert(kBackwardRows % kBlockM == 0 && kColumnsQ % 8 == 0);
 };
 
-template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits, int kBlocksPerSm>
-__global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
+template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits>
+__global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
     flash_backward_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                           const __grid_constant__ FlashBackwardWorkspace workspace,
                           const __grid_constant__ ScoreScale scale,
@@ -66,9 +67,8 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
 
   const uint32_t k_tile = shared_address(shared);
   const uint32_t stages = k_tile + Tiles::kKeyBytes;
-  const uint32_t do_tile = stages + 2 * Tiles::kQueryBytes;
-  const uint32_t score_tile = do_tile + Tiles::kQueryBytes;
-  const uint32_t stats = score_tile + Tiles::kScoreBytes;
+  const uint32_t scores = stages + 4 * Tiles::kQueryBytes;
+  const uint32_t stats = scores + 2 * Tiles::kScoreBytes;
 
   load_tile<kBlockN, D, kThreads>(k_tile, k, p.k_stride[2], keys, p.head_dim);
   load_tile<kBlockN, D, kThreads>(stages, v, p.v_stride[2], keys, p.head_dim);
@@ -94,10 +94,16 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   };
   const auto load_queries = [&](int tile, int stage) {
     const int first = tile * kBlockM;
-    load_tile<kBlockM, D, kThreads>(stages + stage * Tiles::kQueryBytes,
+    const uint32_t q_tile = stages + stage * 2 * Tiles::kQueryBytes;
+    load_tile<kBlockM, D, kThreads>(q_tile,
                                     static_cast<const T*>(p.q) + batch * p.q_stride[0] +
                                         next_head * p.q_stride[1] + first * p.q_stride[2],
                                     p.q_stride[2], p.queries - first, p.head_dim);
+    load_tile<kBlockM, D, kThreads>(
+        q_tile + Tiles::kQueryBytes,
+        static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
+            next_head * params.grad_out_stride[1] + first * params.grad_out_stride[2],
+        params.grad_out_stride[2], p.queries - first, p.head_dim);
     if (threadIdx.x < kBlockM / 2) {
       copy_async_16(stats + stage * Tiles::kStatBytes + threadIdx.x * 16,
                     workspace.stats +
@@ -107,18 +113,9 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
                     true);
     }
   };
-  const auto load_grad_out = [&](int tile) {
-    const int first = tile * kBlockM;
-    load_tile<kBlockM, D, kThreads>(
-        do_tile,
-        static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
-            next_head * params.grad_out_stride[1] + first * params.grad_out_stride[2],
-        params.grad_out_stride[2], p.queries - first, p.head_dim);
-  };
 
-  MatrixReader<D> read_a = a_reader<D>(lane), read_b = b_reader<D>(lane),
-                  read_bt = b_transposed_reader<D>(lane);
-  MatrixReader<kBlockM> read_scores = a_transposed_reader<kBlockM>(lane);
+  MatrixReader<D> read_rows = row_reader<D>(lane), read_columns = column_reader<D>(lane);
+  MatrixReader<kBlockM> read_scores = column_reader<kBlockM>(lane);
   const int warp_key = key_warp * kTilesN * 16;
   copy_async_wait<0>();
   __syncthreads();
@@ -127,7 +124,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   for (int i = 0; i < kTilesN; ++i) {
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
-      load_matrix_x4(values[i][kk], read_a(stages, warp_key + 16 * i, kk));
+      load_matrix_x4(values[i][kk], read_rows(stages, warp_key + 16 * i, kk));
     }
   }
   __syncthreads();
@@ -135,7 +132,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   float grad_k[kTilesN][kOwnColumns / 8][4] = {}, grad_v[kTilesN][kOwnColumns / 8][4] = {};
 
   // dQ = dS K of 16 queries and some columns, over all keys of the block.
-  const auto add_grad_q = [&](int tile) {
+  const auto add_grad_q = [&](int of_head, int tile, uint32_t score_tile) {
     constexpr int kColumns = Tiles::kColumnsQ;
     const int query_tile = warp % Tiles::kQueryTiles;
     const int first_piece = warp / Tiles::kQueryTiles * (kColumns / 8);
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         mma_16x8x16<T>(sum[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
       }
     }
-    const int64_t row_tile = ((static_cast<int64_t>(batch) * p.heads + head) *
+    const int64_t row_tile = ((static_cast<int64_t>(batch) * p.heads + of_head) *
                                   workspace.padded_queries +
                               tile * kBlockM) / 16 + query_tile;
     float* target = workspace.grad_q + (row_tile * (D / 8) + first_piece) * 128;
@@ -165,24 +162,26 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   };
 
   VisitedTile tile = advance();
-  if (tile.exists()) {
-    load_queries(tile.index(), 0);
-    load_grad_out(tile.index());
-  }
+  int last_tile = -1, last_head = 0, stage = 0;
+  if (tile.exists()) load_queries(tile.index(), 0);
   head = next_head;
   copy_async_commit();
 
-  for (int stage = 0; tile.exists(); stage ^= 1) {
-    const uint32_t q_tile = stages + stage * Tiles::kQueryBytes;
+  for (; tile.exists(); stage ^= 1) {
+    const uint32_t q_tile = stages + stage * 2 * Tiles::kQueryBytes;
+    const uint32_t do_tile = q_tile + Tiles::kQueryBytes;
+    const uint32_t score_tile = scores + stage * Tiles::kScoreBytes;
     const VisitedTile next = advance();
-    read_a.forget();
-    read_b.forget();
-    read_bt.forget();
+    read_rows.forget();
+    read_columns.forget();
     read_scores.forget();
     copy_async_wait<0>();
-    __syncthreads();  // the tile is there, and nobody needs the queries or dS of the last any more
+    __syncthreads();  // the queries and the last dS are there, and the other stage is free
     if (next.exists()) load_queries(next.index(), stage ^ 1);
     copy_async_commit();
+    if (last_tile >= 0 && !params.deterministic) {
+      add_grad_q(last_head, last_tile, scores + (stage ^ 1) * Tiles::kScoreBytes);
+    }
 
     // S^T = K Q^T.
     float s[kTilesN][kBlockM / 8][4] = {};
@@ -190,11 +189,11 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[kTilesN][4];
 #pragma unroll
-      for (int i = 0; i < kTilesN; ++i) load_matrix_x4(a[i], read_a(k_tile, warp_key + 16 * i, kk));
+      for (int i = 0; i < kTilesN; ++i) load_matrix_x4(a[i], read_rows(k_tile, warp_key + 16 * i, kk));
 #pragma unroll
       for (int m = 0; m < kBlockM / 16; ++m) {
         uint32_t b[4];
-        load_matrix_x4(b, read_b(q_tile, 16 * m, kk));
+        load_matrix_x4(b, read_columns(q_tile, 16 * m, kk));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
           mma_16x8x16<T>(s[i][2 * m], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
@@ -233,14 +232,14 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
       }
     }
 
-    // dP^T = V dO^T, and dS^T = P^T (dP^T - delta).
+    // dP^T = V dO^T, and dS^T = P^T (dP^T - delta), times the softcap's slope.
     float dp[kTilesN][kBlockM / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
 #pragma unroll
       for (int m = 0; m < kBlockM / 16; ++m) {
         uint32_t b[4];
-        load_matrix_x4(b, read_b(do_tile, 16 * m, kk));
+        load_matrix_x4(b, read_columns(do_tile, 16 * m, kk));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
           const uint32_t(&a)[4] = values[i][kk];
@@ -262,9 +261,13 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float2 probability = unpack<T>(pt[i][m][j]);
-          dst[i][m][j] =
-              pack<T>(scale.grad_score(probability.x, dp[i][m][2 * j], first.lse, first.delta),
-                      scale.grad_score(probability.y, dp[i][m][2 * j + 1], second.lse, second.delta));
+          float left = probability.x * (dp[i][m][2 * j] - first.delta);
+          float right = probability.y * (dp[i][m][2 * j + 1] - second.delta);
+          if (scale.outer != 0.f) {
+            left *= scale.slope(probability.x, first.lse);
+            right *= scale.slope(probability.y, second.lse);
+          }
+          dst[i][m][j] = pack<T>(left, right);
           if (kSplits == 1 || split == 0) {
             store_shared_4(score_tile + quad * 4 +
                                Tile<kBlockM>::offset(warp_key + i * 16 + j * 8 + group_row, m),
@@ -274,13 +277,13 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
       }
     }
 
-    // dV += P^T dO, dK += dS^T Q, and dQ.
+    // dV += P^T dO and dK += dS^T Q.
 #pragma unroll
     for (int m = 0; m < kBlockM / 16; ++m) {
 #pragma unroll
       for (int d = 0; d < kOwnColumns / 16; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, read_bt(do_tile, 16 * m, split * (kOwnColumns / 16) + d));
+        load_matrix_x4_transposed(b, read_rows(do_tile, 16 * m, split * (kOwnColumns / 16) + d));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
           const uint32_t(&low)[2] = pt[i][2 * m], (&high)[2] = pt[i][2 * m + 1];
@@ -289,15 +292,12 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         }
       }
     }
-    __syncthreads();  // dS is there, and nobody needs the gradients of the output any more
-    if (next.exists()) load_grad_out(next.index());
-    copy_async_commit();
 #pragma unroll
     for (int m = 0; m < kBlockM / 16; ++m) {
 #pragma unroll
       for (int d = 0; d < kOwnColumns / 16; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, read_bt(q_tile, 16 * m, split * (kOwnColumns / 16) + d));
+        load_matrix_x4_transposed(b, read_rows(q_tile, 16 * m, split * (kOwnColumns / 16) + d));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
           const uint32_t(&low)[2] = dst[i][2 * m], (&high)[2] = dst[i][2 * m + 1];
@@ -306,9 +306,14 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
         }
       }
     }
-    if (!params.deterministic) add_grad_q(tile.index());
+    last_tile = tile.index();
+    last_head = head;
     tile = next;
     head = next_head;
+  }
+  if (last_tile >= 0 && !params.deterministic) {
+    __syncthreads();
+    add_grad_q(last_head, last_tile, scores + (stage ^ 1) * Tiles::kScoreBytes);
   }
   T* grad_k_rows = static_cast<T*>(params.grad_k) + batch * params.grad_k_stride[0] +
                    kv_head * params.grad_k_stride[1] + first_key * params.grad_k_stride[2];
@@ -335,17 +340,16 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits, kBlocksPerSm)
   }
 }
 
-template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits, int kBlocksPerSm>
+template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits>
 void launch_flash_backward_tiles(const FlashAttentionBackwardParams& p,
                                  const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
   using Tiles = BackwardTiles<D, kBlockM, kTilesN, kKeyWarps, kSplits>;
-  const auto kernel =
-      flash_backward_kernel<T, D, kBlockM, kTilesN, kKeyWarps, kSplits, kBlocksPerSm>;
+  const auto kernel = flash_backward_kernel<T, D, kBlockM, kTilesN, kKeyWarps, kSplits>;
   allow_shared_memory(kernel, Tiles::kShared);
   const FlashAttentionParams& f = p.forward;
   const Schedule schedule = Schedule::make(static_cast<int64_t>(f.batch) * f.kv_heads,
                                            (f.keys + Tiles::kBlockN - 1) / Tiles::kBlockN, 1,
-                                           int64_t{8} * f.queries * D);
+                                           int64_t{8} * f.queries * D, 1);
   kernel<<<schedule.blocks(), Tiles::kThreads, Tiles::kShared, stream>>>(p, workspace,
                                                                          ScoreScale(f), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
@@ -361,19 +365,26 @@ struct FlashBackwardSm80 {
 template <int D>
 void FlashBackwardSm80<D>::launch(const FlashAttentionBackwardParams& p,
                                   const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
-  constexpr int kBlockM = D == 128 ? 64 : D == 256 ? 16 : 32;
+  constexpr int kBlockM = D == 256 ? 16 : 32;
   constexpr int kTilesN = D == 64 ? 2 : 1;
-  constexpr int kKeyWarps = D == 128 || D == 96 ? 8 : 4;
+  constexpr int kKeyWarps = D == 96 || D == 128 ? 8 : 4;
   constexpr int kSplits = D == 256 ? 2 : 1;
-  const auto launch =
-      p.forward.dtype == DType::kFloat16
-          ? launch_flash_backward_tiles<__half, D, kBlockM, kTilesN, kKeyWarps, kSplits, 1>
-          : launch_flash_backward_tiles<__nv_bfloat16, D, kBlockM, kTilesN, kKeyWarps, kSplits, 1>;
+  const bool half = p.forward.dtype == DType::kFloat16;
+  auto launch =
+      half ? launch_flash_backward_tiles<__half, D, kBlockM, kTilesN, kKeyWarps, kSplits>
+           : launch_flash_backward_tiles<__nv_bfloat16, D, kBlockM, kTilesN, kKeyWarps, kSplits>;
+  if constexpr (D == 128) {
+    // More queries a tile where they fit: 9.0 and 8.0, but not 8.6.
+    if (device_properties().max_shared_per_block >= BackwardTiles<D, 64, 1, 8, 1>::kShared) {
+      launch = half ? launch_flash_backward_tiles<__half, D, 64, 1, 8, 1>
+                    : launch_flash_backward_tiles<__nv_bfloat16, D, 64, 1, 8, 1>;
+    }
+  }
   launch(p, workspace, stream);
   if (!p.deterministic) return;
-  (p.forward.dtype == DType::kFloat16 ? launch_flash_backward_q<__half, D>
-                                      : launch_flash_backward_q<__nv_bfloat16, D>)(p, workspace,
-                                                                                   stream);
+  const auto launch_q =
+      half ? launch_flash_backward_q<__half, D> : launch_flash_backward_q<__nv_bfloat16, D>;
+  launch_q(p, workspace, stream);
 }
 
 }  // namespace torchtune_fused

@@ -18,7 +18,8 @@ namespace torchtune_fused {
 template <int D, int kBlockM, int kBlockN, int kStages>
 constexpr int kFlashForwardShared = (kBlockM + 2 * kStages * kBlockN) * D * 2;
 
-template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm>
+template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm,
+          bool kHoldQueries>
 __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ FlashAttentionParams p,
                          const __grid_constant__ ScoreScale scale,
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   schedule.locate(blockIdx.x, tile_m, head);
   int batch = head / p.heads;
   head %= p.heads;
-  const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
+  int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
   const int queries = min(kBlockM, p.queries - first_query);
   const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
                first_query * p.q_stride[2];
@@ -46,22 +47,22 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   const uint32_t q_tile = shared_address(shared);
   const uint32_t ring = q_tile + kBlockM * D * 2;
 
-  const int length = filled_keys(p);
   const auto kind_of = [&](int tile) {
     const Range keys = {tile * kBlockN, (tile + 1) * kBlockN};
-    return kind_of_keys(p, batch, head, {first_query, first_query + queries}, keys, length);
+    const Range queries = {first_query, min(first_query + kBlockM, p.queries)};
+    return kind_of_keys(p, batch, head, queries, keys, filled_keys(p));
   };
-  const int begin = keys_of_query(p, batch, first_query, length).begin / kBlockN;
-  const int end = keys_of_query(p, batch, first_query + queries - 1, length).end;
+  const int begin = keys_of_query(p, batch, first_query, filled_keys(p)).begin / kBlockN;
+  const int end = keys_of_query(p, batch, first_query + queries - 1, filled_keys(p)).end;
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
 
   const auto load_keys = [&](int tile, int stage) {
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kTileBytes, key_rows(p.k, p.k_stride, tile), p.k_stride[2], length - tile * kBlockN, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kTileBytes, key_rows(p.k, p.k_stride, tile), p.k_stride[2], filled_keys(p) - tile * kBlockN, p.head_dim);
   };
   const auto load_values = [&](int tile, int stage) {
     load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kTileBytes,
                                     key_rows(p.v, p.v_stride, tile), p.v_stride[2],
-                                    length - tile * kBlockN, p.head_dim);
+                                    filled_keys(p) - tile * kBlockN, p.head_dim);
   };
 
   VisitedTile tile = walk.next();
@@ -70,26 +71,38 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   if (tile.exists() && kStages == 2) load_values(tile.index(), 0);
   copy_async_commit();
 
-  MatrixReader<D> read_q = a_reader<D>(lane), read_k = b_reader<D>(lane),
-                  read_v = b_transposed_reader<D>(lane);
+  MatrixReader<D> read_qv = row_reader<D>(lane), read_k = column_reader<D>(lane);
   const int warp_row = warp * kTilesM * 16;
   float out[kTilesM][D / 8][4] = {};
   // Of this lane's rows (2 i + j: row group_row + 8 j of the warp's tile i): what is subtracted in
-  // the exponent, close to the maximum of the scores; and the sum over this lane's keys.
+  // the exponent, close to the maximum of the scores, at first below them all; and the sum over this
+  // lane's keys.
   float base[2 * kTilesM], sum[2 * kTilesM];
 #pragma unroll
   for (int r = 0; r < 2 * kTilesM; ++r) {
-    base[r] = -INFINITY;
+    base[r] = -1e30f;
     sum[r] = 0.f;
+  }
+
+  uint32_t held[kTilesM][D / 16][4];  // the queries, as A fragments, where there is room for them
+  if constexpr (kHoldQueries) {
+    copy_async_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int kk = 0; kk < D / 16; ++kk) {
+        load_matrix_x4(held[i][kk], read_qv(q_tile, warp_row + 16 * i, kk));
+      }
+    }
   }
 
   for (int stage = 0; tile.exists(); stage ^= kStages - 1) {
     const uint32_t k_tile = ring + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
     const VisitedTile next = walk.next();
-    forget(head, batch);
-    read_q.forget();
+    forget(head, batch, first_query);
+    read_qv.forget();
     read_k.forget();
-    read_v.forget();
     copy_async_wait<0>();
     __syncthreads();  // the keys are there, and nobody needs the tile before any more
     if constexpr (kStages == 2) {
@@ -108,7 +121,14 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_matrix_x4(a[i], read_q(q_tile, warp_row + 16 * i, kk));
+      for (int i = 0; i < kTilesM; ++i) {
+        if constexpr (kHoldQueries) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) a[i][j] = held[i][kk][j];
+        } else {
+          load_matrix_x4(a[i], read_qv(q_tile, warp_row + 16 * i, kk));
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kBlockN / 16; ++n) {
         uint32_t b[4];
@@ -132,7 +152,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
       }
     }
     if (tile.partial()) {
-      mask_scores<kBlockN>(s, p, batch, head, length,
+      mask_scores<kBlockN>(s, p, batch, head, filled_keys(p),
                            first_query + thread_index() / 32 * (16 * kTilesM),
                            tile.index() * kBlockN);
     }
@@ -157,7 +177,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
 #pragma unroll
       for (int r = 0; r < 2 * kTilesM; ++r) {
         const float new_base = fmaxf(base[r], maximum[r]);
-        const float decay = new_base == -INFINITY ? 1.f : exp2_fast(base[r] - new_base);
+        const float decay = exp2_fast(base[r] - new_base);
         base[r] = new_base;
         sum[r] *= decay;
 #pragma unroll
@@ -176,9 +196,6 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     }
 
     // out += P V, 16 keys at a time: their exponentials overlap the products of those before.
-    float shift[2 * kTilesM];
-#pragma unroll
-    for (int r = 0; r < 2 * kTilesM; ++r) shift[r] = base[r] == -INFINITY ? 0.f : -base[r];
 #pragma unroll
     for (int kk = 0; kk < kBlockN / 16; ++kk) {
       uint32_t a[kTilesM][4];
@@ -188,8 +205,8 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
         for (int j = 0; j < 4; ++j) {
           const int r = 2 * i + j % 2;
           const float* pair = &s[i][2 * kk + j / 2][j % 2 * 2];
-          const float low = exp2_fast(fmaf(pair[0], scale.factor, shift[r]));
-          const float high = exp2_fast(fmaf(pair[1], scale.factor, shift[r]));
+          const float low = exp2_fast(fmaf(pair[0], scale.factor, -base[r]));
+          const float high = exp2_fast(fmaf(pair[1], scale.factor, -base[r]));
           sum[r] += low + high;
           a[i][j] = pack<T>(low, high);
         }
@@ -197,7 +214,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t b[4];
-        load_matrix_x4_transposed(b, read_v(v_tile, 16 * kk, d));
+        load_matrix_x4_transposed(b, read_qv(v_tile, 16 * kk, d));
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
           mma_16x8x16<T>(out[i][2 * d], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
@@ -241,15 +258,16 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   }
 }
 
-template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm>
+template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm,
+          bool kHoldQueries>
 void launch_flash_forward_tiles(const FlashAttentionParams& p, cudaStream_t stream) {
   const auto kernel =
-      flash_forward_kernel<T, D, kBlockM, kBlockN, kWarps, kStages, kBlocksPerSm>;
+      flash_forward_kernel<T, D, kBlockM, kBlockN, kWarps, kStages, kBlocksPerSm, kHoldQueries>;
   constexpr int kBytes = kFlashForwardShared<D, kBlockM, kBlockN, kStages>;
   allow_shared_memory(kernel, kBytes);
   const Schedule schedule =
       Schedule::make(static_cast<int64_t>(p.batch) * p.heads, (p.queries + kBlockM - 1) / kBlockM,
-                     p.heads / p.kv_heads, int64_t{4} * p.keys * D * p.kv_heads / p.heads);
+                     p.heads / p.kv_heads, int64_t{4} * p.keys * D * p.kv_heads / p.heads, 2);
   kernel<<<schedule.blocks(), 32 * kWarps, kBytes, stream>>>(p, ScoreScale(p), schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }
@@ -265,8 +283,8 @@ void FlashForwardSm80<D>::launch(const FlashAttentionParams& p, cudaStream_t str
   constexpr int kBlockM = D == 256 ? 64 : 128;
   constexpr int kStages = D == 256 ? 1 : 2;
   const auto launch = p.dtype == DType::kFloat16
-                          ? launch_flash_forward_tiles<__half, D, kBlockM, 64, 4, kStages, 2>
-                          : launch_flash_forward_tiles<__nv_bfloat16, D, kBlockM, 64, 4, kStages, 2>;
+                          ? launch_flash_forward_tiles<__half, D, kBlockM, 64, 4, kStages, 2, D == 64>
+                          : launch_flash_forward_tiles<__nv_bfloat16, D, kBlockM, 64, 4, kStages, 2, D == 64>;
   launch(p, stream);
 }
 

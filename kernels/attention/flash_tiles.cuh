@@ -54,23 +54,15 @@ struct MatrixReader {
   __device__ __forceinline__ void forget() { torchtune_fused::forget(piece_offset); }
 };
 
-// 16 x 16 blocks, as A: [m, k], or [k, m] transposed.
+// For 16 x 16 blocks: as A [m, k], or as two B side by side from [k, n], transposed.
 template <int kColumns>
-__device__ __forceinline__ MatrixReader<kColumns> a_reader(int lane) {
+__device__ __forceinline__ MatrixReader<kColumns> row_reader(int lane) {
   return {lane % 16, lane / 16};
 }
+// As two B side by side from [n, k], or as A from [k, m], transposed.
 template <int kColumns>
-__device__ __forceinline__ MatrixReader<kColumns> a_transposed_reader(int lane) {
+__device__ __forceinline__ MatrixReader<kColumns> column_reader(int lane) {
   return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
-}
-// As two B side by side: [n, k], or [k, n] transposed.
-template <int kColumns>
-__device__ __forceinline__ MatrixReader<kColumns> b_reader(int lane) {
-  return {lane % 8 + lane / 16 * 8, lane / 8 % 2};
-}
-template <int kColumns>
-__device__ __forceinline__ MatrixReader<kColumns> b_transposed_reader(int lane) {
-  return {lane % 16, lane / 16};
 }
 
 // Starts the copy of kRows rows; those from `rows` on, and columns from head_dim on, become zeros.
@@ -133,13 +125,10 @@ struct ScoreScale {
   __device__ __forceinline__ float bend(float product) const {
     return outer == 0.f ? product * inner : outer * tanh_fast(product * inner);
   }
-  // The gradient of a score, given its probability, the gradient of that, and the row's statistics.
-  __device__ __forceinline__ float grad_score(float probability, float grad, float lse,
-                                              float delta) const {
-    const float grad_score = probability * (grad - delta);
-    if (outer == 0.f || probability == 0.f) return grad_score;
-    const float t = __fdividef(__log2f(probability) + lse, outer);  // the softcap's tanh
-    return grad_score * (1.f - t * t);
+  // The softcap's derivative, 1 - tanh^2, where the score has given a probability.
+  __device__ __forceinline__ float slope(float probability, float lse) const {
+    const float t = probability > 0.f ? __fdividef(__log2f(probability) + lse, outer) : 0.f;
+    return 1.f - t * t;
   }
 };
 
