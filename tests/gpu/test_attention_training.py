@@ -111,24 +111,27 @@ def eager(model):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("prepare", [eager, checkpointed, compiled, offloading])
-def test_every_mask_in_every_way_to_train(check, mask, prepare):
+def test_every_mask(check, mask):
+    check(eager, mask)
+
+
+@pytest.mark.parametrize("mask", ["none", "packed"])
+@pytest.mark.parametrize("prepare", [checkpointed, compiled, offloading])
+def test_every_way_to_train(check, mask, prepare):
     check(prepare, mask)
 
 
-@pytest.mark.parametrize("prepare", [eager, compiled])
-def test_lora(check, prepare):
+def test_lora(check):
     modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
     builder = functools.partial(lora_llama3_2, lora_attn_modules=modules, lora_rank=4, lora_alpha=8)
-    check(prepare, "packed", builder)
+    check(eager, "packed", builder)
 
 
-def losses(model, batches):
+def losses(model, batches, mask_of):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
     for tokens, lengths, positions in batches:
-        mask = packed_block_causal_mask(lengths)
-        logits = model(tokens, mask=mask, input_pos=positions)[:, :-1]
+        logits = model(tokens, mask=mask_of(lengths).to("cuda"), input_pos=positions)[:, :-1]
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
@@ -152,7 +155,9 @@ def test_training_on_packed_documents_follows_stock():
     stock = build()
     fused = copy.deepcopy(stock)
     patch_model(fused)
-    expected, found = losses(stock, batches), losses(fused, batches)
+    # Stock torchtune would compile FlexAttention for the BlockMask: the dense one says the same.
+    expected = losses(stock, batches, create_block_causal_mask)
+    found = losses(fused, batches, packed_block_causal_mask)
     assert expected[-1] < 0.8 * expected[0]
     # bf16 has 8 bits: a loss is a mean over 600 tokens, and the two runs round differently at
     # every step, in the weights too.
