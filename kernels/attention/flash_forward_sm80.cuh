@@ -1,11 +1,11 @@
 // Attention of many queries with mma, for 8.0 and up (Dao, FlashAttention-2, 2023).
 //
 // Grid: a block for each tile of kBlockM queries of each head, in the order of flash_schedule.h.
-// Block: kWarps warps of kBlockM / kWarps queries each. The queries stay in shared memory, the tiles
-// of kBlockN keys and of their values stream through kStages buffers (cp.async), and scores,
-// probabilities and sums never leave registers.
-// Shared memory: queries [kBlockM, D] (the output passes through them in the end), then per stage
-// keys and values [kBlockN, D].
+// Block: kWarps warps of kBlockM / kWarps queries each. The queries stay in shared memory, tiles of
+// kBlockN keys and of their values stream through it (cp.async), the values while scores are made
+// and the next keys while the output is; scores, probabilities and sums never leave registers.
+// Shared memory: queries [kBlockM, D] (the output passes through them in the end), keys and values
+// [kBlockN, D]. Two blocks an SM, registers and 99 KB permitting, fill each other's gaps.
 #pragma once
 
 #include "attention/flash_mask.cuh"
@@ -15,18 +15,14 @@
 
 namespace torchtune_fused {
 
-template <int D, int kBlockM, int kBlockN, int kStages>
-constexpr int kFlashForwardShared = (kBlockM + 2 * kStages * kBlockN) * D * 2;
-
-template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm,
-          bool kHoldQueries>
-__global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
+template <typename T, int D, int kBlockM, int kBlockN, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 2)
     flash_forward_kernel(const __grid_constant__ FlashAttentionParams p,
                          const __grid_constant__ ScoreScale scale,
                          const __grid_constant__ Schedule schedule) {
   constexpr int kThreads = 32 * kWarps;
   constexpr int kTilesM = kBlockM / kWarps / 16;  // of a warp
-  constexpr uint32_t kTileBytes = kBlockN * D * 2;
+  constexpr bool kHoldQueries = D == 64;  // in registers: there is room
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
@@ -45,7 +41,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   };
 
   const uint32_t q_tile = shared_address(shared);
-  const uint32_t ring = q_tile + kBlockM * D * 2;
+  const uint32_t k_tile = q_tile + kBlockM * D * 2, v_tile = k_tile + kBlockN * D * 2;
 
   const auto kind_of = [&](int tile) {
     const Range keys = {tile * kBlockN, (tile + 1) * kBlockN};
@@ -56,19 +52,18 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   const int end = keys_of_query(p, batch, first_query + queries - 1, filled_keys(p)).end;
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
 
-  const auto load_keys = [&](int tile, int stage) {
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kTileBytes, key_rows(p.k, p.k_stride, tile), p.k_stride[2], filled_keys(p) - tile * kBlockN, p.head_dim);
+  const auto load_keys = [&](int tile) {
+    load_tile<kBlockN, D, kThreads>(k_tile, key_rows(p.k, p.k_stride, tile), p.k_stride[2],
+                                    filled_keys(p) - tile * kBlockN, p.head_dim);
   };
-  const auto load_values = [&](int tile, int stage) {
-    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kTileBytes,
-                                    key_rows(p.v, p.v_stride, tile), p.v_stride[2],
+  const auto load_values = [&](int tile) {
+    load_tile<kBlockN, D, kThreads>(v_tile, key_rows(p.v, p.v_stride, tile), p.v_stride[2],
                                     filled_keys(p) - tile * kBlockN, p.head_dim);
   };
 
   VisitedTile tile = walk.next();
   load_tile<kBlockM, D, kThreads>(q_tile, q, p.q_stride[2], queries, p.head_dim);
-  if (tile.exists()) load_keys(tile.index(), 0);
-  if (tile.exists() && kStages == 2) load_values(tile.index(), 0);
+  if (tile.exists()) load_keys(tile.index());
   copy_async_commit();
 
   MatrixReader<D> read_qv = row_reader<D>(lane), read_k = column_reader<D>(lane);
@@ -97,22 +92,14 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
     }
   }
 
-  for (int stage = 0; tile.exists(); stage ^= kStages - 1) {
-    const uint32_t k_tile = ring + stage * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
+  while (tile.exists()) {
     const VisitedTile next = walk.next();
     forget(head, batch, first_query);
     read_qv.forget();
     read_k.forget();
     copy_async_wait<0>();
-    __syncthreads();  // the keys are there, and nobody needs the tile before any more
-    if constexpr (kStages == 2) {
-      if (next.exists()) {
-        load_keys(next.index(), stage ^ 1);
-        load_values(next.index(), stage ^ 1);
-      }
-    } else {
-      load_values(tile.index(), 0);
-    }
+    __syncthreads();  // the keys are there, and nobody needs the last values any more
+    load_values(tile.index());
     copy_async_commit();
 
     // S = Q K^T.
@@ -188,12 +175,10 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
       }
     }
 
-    if constexpr (kStages == 1) {
-      copy_async_wait<0>();
-      __syncthreads();  // the values are there, and nobody needs the keys any more
-      if (next.exists()) load_keys(next.index(), 0);
-      copy_async_commit();
-    }
+    copy_async_wait<0>();
+    __syncthreads();  // the values are there, and nobody needs the keys any more
+    if (next.exists()) load_keys(next.index());
+    copy_async_commit();
 
     // out += P V, 16 keys at a time: their exponentials overlap the products of those before.
 #pragma unroll
@@ -258,12 +243,10 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm)
   }
 }
 
-template <typename T, int D, int kBlockM, int kBlockN, int kWarps, int kStages, int kBlocksPerSm,
-          bool kHoldQueries>
+template <typename T, int D, int kBlockM, int kBlockN, int kWarps>
 void launch_flash_forward_tiles(const FlashAttentionParams& p, cudaStream_t stream) {
-  const auto kernel =
-      flash_forward_kernel<T, D, kBlockM, kBlockN, kWarps, kStages, kBlocksPerSm, kHoldQueries>;
-  constexpr int kBytes = kFlashForwardShared<D, kBlockM, kBlockN, kStages>;
+  const auto kernel = flash_forward_kernel<T, D, kBlockM, kBlockN, kWarps>;
+  constexpr int kBytes = (kBlockM + 2 * kBlockN) * D * 2;
   allow_shared_memory(kernel, kBytes);
   const Schedule schedule =
       Schedule::make(static_cast<int64_t>(p.batch) * p.heads, (p.queries + kBlockM - 1) / kBlockM,
@@ -281,10 +264,9 @@ struct FlashForwardSm80 {
 template <int D>
 void FlashForwardSm80<D>::launch(const FlashAttentionParams& p, cudaStream_t stream) {
   constexpr int kBlockM = D == 256 ? 64 : 128;
-  constexpr int kStages = D == 256 ? 1 : 2;
   const auto launch = p.dtype == DType::kFloat16
-                          ? launch_flash_forward_tiles<__half, D, kBlockM, 64, 4, kStages, 2, D == 64>
-                          : launch_flash_forward_tiles<__nv_bfloat16, D, kBlockM, 64, 4, kStages, 2, D == 64>;
+                          ? launch_flash_forward_tiles<__half, D, kBlockM, 64, 4>
+                          : launch_flash_forward_tiles<__nv_bfloat16, D, kBlockM, 64, 4>;
   launch(p, stream);
 }
 

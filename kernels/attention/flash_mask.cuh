@@ -100,6 +100,12 @@ __device__ __forceinline__ MaskTileKind kind_of_queries(const FlashAttentionPara
   return bits == kTileFull && whole ? kind : kTilePartial;
 }
 
+// A word with the bits from begin to end - 1 set, as far as it has them.
+__device__ __forceinline__ uint32_t bits_between(int begin, int end) {
+  const auto below = [](int bit) { return bit <= 0 ? 0u : bit >= 32 ? ~0u : (1u << bit) - 1; };
+  return below(end) & ~below(begin);
+}
+
 // Sets the scores that the mask hides to -inf: a lane's fragments of 16 kTilesM queries from
 // first_query on, by kBlockN keys.
 template <int kBlockN, int kTilesM>
@@ -110,24 +116,20 @@ __device__ __forceinline__ void mask_scores(float (&s)[kTilesM][kBlockN / 8][4],
 #pragma unroll
   for (int r = 0; r < 2 * kTilesM; ++r) {
     const int query = min(first_query + r * 8 + group_row, p.queries - 1);
-    const Range range = keys_of_query(p, batch, query, length);
-    const uint32_t* words = nullptr;
-    if (p.mask.bits != nullptr) {
-      words = p.mask.bits + batch * p.mask.bits_batch_stride + head * p.mask.bits_head_stride +
-              static_cast<int64_t>(query) * p.mask.bits_row_stride;
-    }
+    const Range keys = keys_of_query(p, batch, query, length);
 #pragma unroll
     for (int w = 0; w < kBlockN / 32; ++w) {
-      const int at = first_key / 32 + w;
-      const bool has_word = words != nullptr && at < p.mask.bits_row_stride;
-      const uint32_t word = has_word ? words[at] >> quad * 2 : ~0u;
+      const int first = first_key + w * 32;
+      uint32_t visible = bits_between(keys.begin - first, keys.end - first);
+      if (p.mask.bits != nullptr && first / 32 < p.mask.bits_row_stride) {
+        visible &= p.mask.bits[batch * p.mask.bits_batch_stride + head * p.mask.bits_head_stride +
+                               static_cast<int64_t>(query) * p.mask.bits_row_stride + first / 32];
+      }
+      visible >>= quad * 2;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const int column = w * 32 + e / 2 * 8 + e % 2, key = first_key + column + quad * 2;
-        const bool visible =
-            key >= range.begin && key < range.end && (word >> (column % 32) & 1) != 0;
-        float& score = s[r / 2][column / 8][r % 2 * 2 + e % 2];
-        score = visible ? score : -INFINITY;
+        float& score = s[r / 2][w * 4 + e / 2][r % 2 * 2 + e % 2];
+        score = visible >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
       }
     }
   }
@@ -139,27 +141,33 @@ __device__ __forceinline__ void mask_scores_transposed(float (&s)[kTilesN][kBloc
                                                        const FlashAttentionParams& p, int batch,
                                                        int head, int first_query, int first_key) {
   const int thread = thread_index(), quad = thread % 4, group_row = thread % 32 / 4;
-  Range ranges[2 * kTilesN];
 #pragma unroll
   for (int r = 0; r < 2 * kTilesN; ++r) {
     const int key = first_key + r * 8 + group_row;
-    ranges[r] = key < p.keys ? queries_of_key(p, batch, key) : Range{0, 0};
+    const Range queries = key < p.keys ? queries_of_key(p, batch, key) : Range{0, 0};
+#pragma unroll
+    for (int w = 0; w < kBlockM; w += 32) {
+      const int first = first_query + w + quad * 2;
+      const uint32_t visible = bits_between(queries.begin - first, queries.end - first);
+#pragma unroll
+      for (int e = 0; e < 8 && w + e * 4 < kBlockM; ++e) {
+        float& score = s[r / 2][w / 8 + e / 2][r % 2 * 2 + e % 2];
+        score = visible >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
+      }
+    }
   }
+  if (p.mask.bits == nullptr || first_key >= p.keys) return;
+  const uint32_t* words = p.mask.bits + batch * p.mask.bits_batch_stride +
+                          head * p.mask.bits_head_stride + first_key / 32;
 #pragma unroll
   for (int e = 0; e < kBlockM / 4; ++e) {
-    const int column = e / 2 * 8 + e % 2, query = first_query + column + quad * 2;
-    uint32_t word = ~0u;
-    if (p.mask.bits != nullptr && query < p.queries && first_key < p.keys) {
-      word = p.mask.bits[batch * p.mask.bits_batch_stride + head * p.mask.bits_head_stride +
-                         static_cast<int64_t>(query) * p.mask.bits_row_stride + first_key / 32];
-    }
-    word >>= first_key % 32 + group_row;
+    const int query = min(first_query + e / 2 * 8 + e % 2 + quad * 2, p.queries - 1);
+    const uint32_t visible = words[static_cast<int64_t>(query) * p.mask.bits_row_stride] >>
+                             (first_key % 32 + group_row);
 #pragma unroll
     for (int r = 0; r < 2 * kTilesN; ++r) {
-      const bool visible =
-          query >= ranges[r].begin && query < ranges[r].end && (word >> (r * 8) & 1) != 0;
-      float& score = s[r / 2][column / 8][r % 2 * 2 + e % 2];
-      score = visible ? score : -INFINITY;
+      float& score = s[r / 2][e / 2][r % 2 * 2 + e % 2];
+      score = visible >> (r * 8) & 1 ? score : -INFINITY;
     }
   }
 }
