@@ -37,14 +37,15 @@ SECTIONS = {
 
 
 @parse
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> str | None:
     """Measure torchtune-fused beside its peers; key=value overrides any key of the config.
 
     Each figure is a median of rounds in which the systems take turns or, where they don't fit into
     the GPU's memory together, run one after another; the table says which. A peer that is not
-    installed, runs out of memory or fails is skipped with the reason. The roof is what this GPU
-    does at best: bytes at the speed of a long copy for decode, FLOPs at that of a large GEMM
-    elsewhere. MFU is model FLOPs by the data sheet's peak, where the GPU is known.
+    installed, runs out of memory or fails is skipped with the reason; if one of ours does, the exit
+    status is 1. The roof is what this machine does at best: for decode, bytes at the speed of a
+    long copy or sum, elsewhere FLOPs at that of a large GEMM. MFU is the model's FLOPs by the peak
+    of the GPU's data sheet.
 
     checkpoint     folder of the model; or null, to build
     model          a component, with random weights
@@ -89,6 +90,9 @@ def main(cfg: DictConfig) -> None:
             write(report, Path(expand_path(cfg.output)))
     if cfg.output is not None:
         draw(report, Path(expand_path(cfg.output)))
+    skipped = [(c["work"], *item) for c in report["contests"] for item in c["skipped"].items()]
+    failed = [f"{work}, {who}: {why}" for work, who, why in skipped if who not in PEERS]
+    return f"no figures of {'; '.join(failed)}" if failed else None
 
 
 def check(cfg: DictConfig) -> None:

@@ -168,6 +168,14 @@ def test_a_peer_without_such_a_model_is_skipped_with_the_reason(recipe):
     assert "no biases of q, k and v" in report["contests"][0]["skipped"]["transformers"]
 
 
+def test_if_we_fail_the_others_have_their_figures_and_the_exit_status_is_1(recipe):
+    status, _, report = recipe("sections=[train,prefill]", "loss._component_=torch.nn.L1Loss")
+    assert status.startswith("no figures of train 2 x 16, torchtune-fused: RuntimeError: ")
+    train, prefill = report["contests"]
+    assert train["systems"].keys() == {"torchtune", "transformers"}
+    assert prefill["systems"].keys() == {"torchtune", "torchtune-fused"}
+
+
 def test_without_matplotlib_the_report_is_written_and_the_plot_is_said_to_be_missing(
     recipe, monkeypatch
 ):

@@ -30,7 +30,7 @@ class System:
 
     @property
     def ours(self) -> bool:
-        """Whether its failure is ours; a peer's is only a reason to skip it."""
+        """Whether it is ours, so that its failure is too."""
         return self.name not in PEERS
 
 

@@ -32,6 +32,7 @@ def decode(setting: Setting) -> Iterator[Contest]:
                 setting.structure, setting.dtype, batch_size, prompt_len + new // 2
             ),
             clock=step_seconds,
+            warm_up=1,  # of many steps each
         )
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 import torch
 
@@ -38,35 +37,40 @@ class Roofline:
     def roof(self, moved_bytes: float | None, flops: float | None) -> Roof | None:
         """The roof of work that is bound by its bytes or its FLOPs; None if neither is given."""
         if moved_bytes is not None:
-            rate = self.copy_bandwidth
-            why = f"{moved_bytes / 1e9:.3g} GB at {rate / 1e9:.4g} GB/s, as a long copy moves them"
+            rate = self.bandwidth
+            why = f"{moved_bytes / 1e9:.3g} GB at {rate / 1e9:.4g} GB/s, a long copy's or sum's"
             return Roof(moved_bytes / rate, why)
         if flops is not None:
             rate, n = self.gemm_rate, self._matrix_size
-            why = f"{flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s, as a GEMM of {n} cubed"
+            why = (
+                f"{flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s, those of a {n}-cubed GEMM"
+            )
             return Roof(flops / rate, why)
         return None
 
     @cached_property
-    def copy_bandwidth(self) -> float:
-        """Bytes per second, read and written, of a copy far larger than any cache."""
+    def bandwidth(self) -> float:
+        """Bytes per second, read and written, of a copy or a sum of more than any cache holds."""
         size = 2**31 if self.device.type == "cuda" else 2**28
-        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        source = torch.ones(size // 4, device=self.device)
         target = torch.empty_like(source)
-        return 2 * size / _median_seconds(lambda: target.copy_(source))
+        copied = _least_seconds(lambda: target.copy_(source))
+        summed = _least_seconds(source.sum)
+        return size / min(copied / 2, summed)
 
     @cached_property
     def gemm_rate(self) -> float:
         """FLOP/s of a product of large random matrices."""
         n = self._matrix_size
         a, b = (torch.randn(n, n, dtype=self.dtype, device=self.device) for _ in range(2))
-        return 2 * n**3 / _median_seconds(lambda: a @ b)
+        return 2 * n**3 / _least_seconds(lambda: a @ b)
 
     @property
     def _matrix_size(self) -> int:
         return 8192 if self.device.type == "cuda" else 1024
 
 
-def _median_seconds(run: Callable[[], object]) -> float:
+def _least_seconds(run: Callable[[], object]) -> float:
+    """A roof is what can be done at best: the least of many."""
     run()
-    return median(seconds_of(run) for _ in range(10))
+    return min(seconds_of(run) for _ in range(10))

@@ -1,6 +1,7 @@
 """Holding a contest: every system built, warmed up, timed, and freed."""
 
 import gc
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -23,11 +24,8 @@ def hold(contest: Contest, rounds: int, roofline: Roofline) -> Outcome:
         roofline (Roofline): Of the device that they run on.
 
     Returns:
-        Outcome: what each took. A peer that can't be built or fails is in ``skipped``, as is any
-        system that runs out of memory.
-
-    Raises:
-        Exception: Whatever our own system raises.
+        Outcome: what each took. A system that can't be built, fails or runs out of memory is in
+        ``skipped``; one of ours leaves its traceback on stderr.
     """
     roof = roofline.roof(contest.moved_bytes, contest.flops)
     _collect()
@@ -114,13 +112,11 @@ class _Contestant:
         except torch.OutOfMemoryError:
             self.skipped = "out of memory"
         except ImportError as error:
-            if self.system.ours:
-                raise
             self.skipped = f"not installed: {_one_line(error)}"
-        except Exception as error:  # whatever a peer trips over is no reason to stop
-            if self.system.ours:
-                raise
+        except Exception as error:  # whatever one system trips over, the others have their figures
             self.skipped = f"{type(error).__name__}: {_one_line(error)}"
+            if self.system.ours:
+                traceback.print_exc()
         self._run = None
         _collect()
 

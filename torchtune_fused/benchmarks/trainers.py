@@ -26,13 +26,13 @@ def torchtune_trainers(setting: Setting, inputs: Inputs, labels: Tensor) -> dict
         inputs (Inputs): Makes the arguments of the model, once a step.
         labels (Tensor): int64 ``[b, s]``, already shifted.
     """
-    our_loss = instantiate(setting.cfg.loss)
+    instantiate(setting.cfg.loss)  # what is wrong with it shows before anything is loaded
 
     def build(*, patch: bool = False, compiled: bool = False) -> Callable[[], Tensor]:
         model = setting.load_model(patch=patch).train()
         if adapters := get_adapter_params(model):
             set_trainable_params(model, adapters)
-        loss = our_loss if patch else CEWithChunkedOutputLoss()
+        loss = instantiate(setting.cfg.loss) if patch else CEWithChunkedOutputLoss()
         if compiled:  # as `compile: True` does it in torchtune's recipes
             training.compile_model(model, verbose=False)
             loss = training.compile_loss(loss, verbose=False)
