@@ -9,8 +9,8 @@ from statistics import median
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torchtune import config as torchtune_config
 
+from torchtune_fused.benchmarks.setting import Setting
 from torchtune_fused.recipes.benchmark import SECTIONS, main
 
 RECIPE = "torchtune_fused/recipes/benchmark.py"
@@ -246,14 +246,15 @@ def test_bad_values_end_in_one_line_before_anything_is_built(recipe, override, m
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
-def test_every_config_is_complete(path):
+def test_every_config_is_complete(path, request):
     config = OmegaConf.load(path)
     help = " ".join(main.__doc__.split())
     for key in config:
         assert key in help
+    if config.checkpoint is not None:
+        config.checkpoint = str(request.getfixturevalue("smollm2"))
+    setting = Setting(config, torch.device("cpu"), torch.float32)
     for section in config.sections:
-        assert section in SECTIONS
-        assert section == "first_token" or config[section].shapes
-    if config.model is not None:
-        with torch.device("meta"):
-            assert torchtune_config.instantiate(config.model).max_seq_len >= 8192
+        contests = list(SECTIONS[section](setting))
+        assert contests
+        assert all(any(s.ours for s in c.systems) for c in contests)
