@@ -64,7 +64,9 @@ def _draw(axes, contest: dict[str, Any]) -> None:
 
 def _label(figures: dict[str, Any]) -> str:
     parts = [_rate(figures)]
-    if figures["of_roof"] is not None:
+    if figures["of_roof"] is None:
+        parts.append(f"{figures['seconds']:.3g} s")
+    else:
         parts.append(f"{figures['of_roof']:.0%} of the roof")
     if figures["peak_bytes"] is not None:
         parts.append(f"{figures['peak_bytes'] / 2**30:.1f} GiB")
