@@ -1,9 +1,16 @@
 """Linear + cross-entropy on the GPU: accuracy by the rule, and the memory it promises."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import loss as stock
 
+from torchtune_fused import patch_model
+from torchtune_fused.modules import CEWithChunkedOutputLoss
 from torchtune_fused.ops import linear_cross_entropy
 from torchtune_fused.ops.cross_entropy import _reference, cross_entropy_
 
@@ -131,3 +138,37 @@ def test_memory_is_one_gradient_of_the_weight_and_one_chunk():
     # Both gradients, and a chunk of logits as large as the weight; a hundredth for what is small.
     assert extra <= 1.01 * (2 * weight.nbytes + hidden.nbytes)
     assert extra < tokens * vocab * 2 / 2  # far from all logits in bf16
+
+
+def test_a_decoders_loss_and_gradients_are_as_exact_as_with_torchtunes(assert_as_exact):
+    model = llama3_2(
+        vocab_size=5003,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=256,
+        max_seq_len=2048,
+        intermediate_dim=512,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.05)
+    model = model.to("cuda", torch.bfloat16)
+    truth, fused = copy.deepcopy(model).double(), copy.deepcopy(model)
+    patch_model(fused)
+    tokens = torch.randint(5003, (2, 1500), device="cuda")
+    labels = tokens.roll(-1, 1)
+    labels[:, ::7] = -100
+    results = []
+    for decoder, loss in [
+        (fused, CEWithChunkedOutputLoss()),
+        (model, stock.CEWithChunkedOutputLoss()),
+        (truth, stock.CEWithChunkedOutputLoss()),
+    ]:
+        decoder.set_num_output_chunks(loss.num_output_chunks)
+        output = decoder(tokens)
+        value = loss(output, labels)
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in decoder.parameters())])
+    for mine, theirs, right in zip(*results, strict=True):
+        assert_as_exact(mine, theirs, right.double(), torch.bfloat16)
