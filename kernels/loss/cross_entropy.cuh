@@ -24,7 +24,7 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr int kAhead = sizeof(T) == 8 ? 1 : 4;  // under way in a thread at once
+  static constexpr int kAhead = sizeof(T) == 8 ? 1 : 2;  // under way in a thread at once
   T values[kWidth];
 };
 
@@ -98,7 +98,7 @@ __device__ __forceinline__ LogSumExp<Acc> merge_block(LogSumExp<Acc> mine) {
 
 // cached: vectors of the row that fit into the dynamic shared memory.
 template <typename T, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropyParams p, int cached) {
+__global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(CrossEntropyParams p, int cached) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = Vector<T>::kWidth, kAhead = Vector<T>::kAhead;
   constexpr Acc kLog2e = LogSumExp<Acc>::kLog2e;
