@@ -48,10 +48,11 @@ class LinearCrossEntropyLoss(stock.CEWithChunkedOutputLoss):
 
         Args:
             model (TransformerDecoder): A patched or sharded decoder. If its head has more to it
-                than a weight, or is parallel, the model and its output stay as they are.
+                than a weight, or is parallel, it returns chunks of logits instead.
         """
         self._obstacle = _obstacle(model)
         if self._obstacle is not None:
+            model.set_num_output_chunks(int(self.num_output_chunks))
             return
         if isinstance(model, FSDPModule) and not isinstance(_weight_owner(model), FSDPModule):
             # The head's weight is the root's, which must not free it when its own forward ends.
