@@ -1,8 +1,6 @@
 // What the backward kernels share: the workspace and the work of the passes before and after.
 #pragma once
 
-#include <algorithm>
-
 #include "attention/flash_attention.h"
 
 namespace torchtune_fused {

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   head %= p.heads;
   const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
   const int queries = min(kBlockM, p.queries - first_query);
-  const auto key_rows = [&](const void* tensor, const int64_t(&stride)[3], int first) {
+  const auto key_rows = [&](const void* tensor, const int64_t (&stride)[3], int first) {
     return static_cast<const T*>(tensor) + batch * stride[0] +
            head / (p.heads / p.kv_heads) * stride[1] + first * stride[2];
   };
@@ -50,8 +50,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
   const auto load_keys = [&](int tile, int stage) {
     const int first = tile * kBlockN;
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, key_rows(p.k, p.k_stride, first), p.k_stride[2], p.keys - first, p.head_dim);
-    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes, key_rows(p.v, p.v_stride, first), p.v_stride[2], p.keys - first, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, key_rows(p.k, p.k_stride, first),
+                                    p.k_stride[2], p.keys - first, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes,
+                                    key_rows(p.v, p.v_stride, first), p.v_stride[2], p.keys - first,
+                                    p.head_dim);
   };
 
   VisitedTile tile = walk.next();
@@ -72,9 +75,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   RowStats stats[2];  // of rows group_row and group_row + 8
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    stats[j] = workspace.stats[(static_cast<int64_t>(batch) * p.heads + head) *
-                                   workspace.padded_queries +
-                               first_query + warp_row + j * 8 + group_row];
+    stats[j] =
+        workspace.stats[(static_cast<int64_t>(batch) * p.heads + head) * workspace.padded_queries +
+                        first_query + warp_row + j * 8 + group_row];
   }
   float grad_q[D / 8][4] = {};
 
@@ -114,7 +117,8 @@ __global__ void __launch_bounds__(32 * kWarps)
       }
     }
     if (tile.partial()) {
-      mask_scores<kBlockN>(s, p, batch, head, p.keys, first_query + warp_row, tile.index() * kBlockN);
+      mask_scores<kBlockN>(s, p, batch, head, p.keys, first_query + warp_row,
+                           tile.index() * kBlockN);
     }
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
 #pragma unroll
     for (int kk = 0; kk < kBlockN / 16; ++kk) {
-      const float(&low)[4] = dp[2 * kk], (&high)[4] = dp[2 * kk + 1];
+      const float (&low)[4] = dp[2 * kk], (&high)[4] = dp[2 * kk + 1];
       const uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
                              pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
 #pragma unroll

@@ -1,7 +1,6 @@
 // The passes of the backward: the queries' statistics, then the gradients, then dQ in its own type.
 #include "attention/flash_backward.h"
-#include "common/ptx.cuh"
-#include "common/vec.cuh"
+#include "attention/flash_tiles.cuh"
 
 namespace torchtune_fused {
 
@@ -13,26 +12,25 @@ struct FlashBackwardSm80 {
 
 namespace {
 
-constexpr int kRowWarps = 8;  // of a block of the passes before and after
+constexpr int kRowWarps = 8;   // of a block of the passes before and after
+constexpr int kRowLanes = 16;  // of the pass before, that share a query
 
-constexpr int kRowLanes = 16;  // lanes that share a query
-
-// 16 lanes per query, padding included: delta = sum(grad_out * out), and zeros for the sums of dQ.
+// kRowLanes lanes per query, padding included: delta = sum(grad_out * out), and zeros for the sums
+// of dQ.
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowWarps)
     row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                      const __grid_constant__ FlashBackwardWorkspace workspace) {
   const FlashAttentionParams& p = params.forward;
   const int lane = threadIdx.x % kRowLanes;
-  const int64_t row =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kRowLanes;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kRowLanes;
   const int query = row % workspace.padded_queries;
   const int64_t head = row / workspace.padded_queries % p.heads;
   const int64_t batch = row / workspace.padded_queries / p.heads;
   RowStats stats = {0.f, 0.f};
   if (batch < p.batch && query < p.queries) {
-    const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] +
-                   head * p.out_stride[1] + query * p.out_stride[2];
+    const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
+                   query * p.out_stride[2];
     const T* grad = static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
                     head * params.grad_out_stride[1] + query * params.grad_out_stride[2];
     for (int column = lane * 8; column < p.head_dim; column += 8 * kRowLanes) {
@@ -40,7 +38,7 @@ __global__ void __launch_bounds__(32 * kRowWarps)
       const uint4 g = *reinterpret_cast<const uint4*>(grad + column);
       stats.delta += dot<T>(o, g);
     }
-    stats.lse = p.lse[(batch * p.heads + head) * p.queries + query] * 1.4426950408889634f;
+    stats.lse = p.lse[(batch * p.heads + head) * p.queries + query] * kLog2E;
   }
 #pragma unroll
   for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
@@ -99,7 +97,9 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   TTF_CHECK(d > 0 && d <= 256 && d % 8 == 0,
             "the head dimension must be a multiple of 8 up to 256, got ", d);
   TTF_CHECK(p.forward.length == nullptr, "the backward takes no length");
-  if (p.forward.queries == 0 || p.forward.keys == 0 || p.forward.batch == 0) return;
+  TTF_CHECK(p.forward.batch > 0 && p.forward.queries > 0 && p.forward.keys > 0,
+            "the backward needs at least one query and one key, got ", p.forward.batch,
+            " batches of ", p.forward.queries, " queries and ", p.forward.keys, " keys");
   const FlashBackwardWorkspace workspace(p, memory);
   const bool half = p.forward.dtype == DType::kFloat16;
 
@@ -107,13 +107,21 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   row_stats<<<blocks_for(workspace.rows(p) * kRowLanes), 32 * kRowWarps, 0, stream>>>(p, workspace);
   TTF_CUDA_CHECK(cudaGetLastError());
   switch (workspace.padded_dim) {
-    case 64: FlashBackwardSm80<64>::launch(p, workspace, stream); break;
-    case 96: FlashBackwardSm80<96>::launch(p, workspace, stream); break;
-    case 128: FlashBackwardSm80<128>::launch(p, workspace, stream); break;
-    default: FlashBackwardSm80<256>::launch(p, workspace, stream);
+    case 64:
+      FlashBackwardSm80<64>::launch(p, workspace, stream);
+      break;
+    case 96:
+      FlashBackwardSm80<96>::launch(p, workspace, stream);
+      break;
+    case 128:
+      FlashBackwardSm80<128>::launch(p, workspace, stream);
+      break;
+    default:
+      FlashBackwardSm80<256>::launch(p, workspace, stream);
   }
   if (!p.deterministic) {
-    const auto convert = half ? convert_grad_q_kernel<__half> : convert_grad_q_kernel<__nv_bfloat16>;
+    const auto convert =
+        half ? convert_grad_q_kernel<__half> : convert_grad_q_kernel<__nv_bfloat16>;
     convert<<<blocks_for(workspace.rows(p) * 2), 32 * kRowWarps, 0, stream>>>(p, workspace);
     TTF_CUDA_CHECK(cudaGetLastError());
   }

@@ -6,13 +6,15 @@
 // queries], whose registers are already the A fragments of dV += P^T dO and dK += dS^T Q, summed in
 // registers over all queries and all heads that read the key head. kSplits warps share the same
 // keys where head_dim is too large, and divide the columns of dK and dV.
-// Only dS^T passes through shared memory: for dQ = dS K, which sums over the keys of all warps. That
-// product runs one tile of queries late, so that one barrier a tile is enough, and its result is
-// added to fp32 sums in global memory. (Dao, FlashAttention-2, 2023, has the formulas.)
+// Only dS^T passes through shared memory: for dQ = dS K, which sums over the keys of all warps.
+// That product runs one tile of queries late, so that one barrier a tile is enough, and its result
+// is added to fp32 sums in global memory. (Dao, FlashAttention-2, 2023, has the formulas.)
 // Shared memory: keys [N, D], two stages of queries and of gradients of the output [kBlockM, D]
 // (first of all the values pass through these, on the way to registers), two of dS^T [N, kBlockM],
 // and two of the queries' statistics.
 #pragma once
+
+#include <algorithm>
 
 #include "attention/flash_backward_q_sm80.cuh"
 #include "attention/flash_mask.cuh"
@@ -21,8 +23,13 @@
 
 namespace torchtune_fused {
 
-template <int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits>
+template <int D, bool kSm90>
 struct BackwardTiles {
+  // Before 9.0 all must fit into the 99 KB of 8.6.
+  static constexpr int kBlockM = D == 256 ? 16 : D == 128 && kSm90 ? 64 : 32;
+  static constexpr int kTilesN = D == 64 ? 2 : 1;
+  static constexpr int kKeyWarps = D == 96 || D == 128 ? 8 : 4;
+  static constexpr int kSplits = D == 256 ? 2 : 1;
   static constexpr int kBlockN = 16 * kTilesN * kKeyWarps;
   static constexpr int kWarps = kKeyWarps * kSplits;
   static constexpr int kThreads = 32 * kWarps;
@@ -38,14 +45,23 @@ struct BackwardTiles {
   static_assert(kBackwardRows % kBlockM == 0 && kColumnsQ % 8 == 0);
 };
 
-template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits>
-__global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D>
+using CompiledBackwardTiles = BackwardTiles<D, false>;
+#else
+template <int D>
+using CompiledBackwardTiles = BackwardTiles<D, true>;
+#endif
+
+template <typename T, int D>
+__global__ void __launch_bounds__(CompiledBackwardTiles<D>::kThreads)
     flash_backward_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                           const __grid_constant__ FlashBackwardWorkspace workspace,
                           const __grid_constant__ ScoreScale scale,
                           const __grid_constant__ Schedule schedule) {
-  using Tiles = BackwardTiles<D, kBlockM, kTilesN, kKeyWarps, kSplits>;
-  constexpr int kBlockN = Tiles::kBlockN, kThreads = Tiles::kThreads;
+  using Tiles = CompiledBackwardTiles<D>;
+  constexpr int kBlockM = Tiles::kBlockM, kBlockN = Tiles::kBlockN, kThreads = Tiles::kThreads;
+  constexpr int kTilesN = Tiles::kTilesN, kKeyWarps = Tiles::kKeyWarps, kSplits = Tiles::kSplits;
   constexpr int kOwnColumns = D / kSplits;
   const FlashAttentionParams& p = params.forward;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -55,7 +71,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
 
   int tile_n, kv_head;
   schedule.locate(blockIdx.x, tile_n, kv_head);
-  int batch = kv_head / p.kv_heads;
+  const int batch = kv_head / p.kv_heads;
   kv_head %= p.kv_heads;
   const int first_key = tile_n * kBlockN;
   const int keys = min(kBlockN, p.keys - first_key);
@@ -105,12 +121,12 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
             next_head * params.grad_out_stride[1] + first * params.grad_out_stride[2],
         params.grad_out_stride[2], p.queries - first, p.head_dim);
     if (threadIdx.x < kBlockM / 2) {
-      copy_async_16(stats + stage * Tiles::kStatBytes + threadIdx.x * 16,
-                    workspace.stats +
-                        (static_cast<int64_t>(batch) * p.heads + next_head) *
-                            workspace.padded_queries +
-                        first + 2 * threadIdx.x,
-                    true);
+      copy_async_16(
+          stats + stage * Tiles::kStatBytes + threadIdx.x * 16,
+          workspace.stats +
+              (static_cast<int64_t>(batch) * p.heads + next_head) * workspace.padded_queries +
+              first + 2 * threadIdx.x,
+          true);
     }
   };
 
@@ -147,15 +163,15 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         uint32_t b[4];
-        load_matrix_x4_transposed(
-            b, k_tile + Tile<D>::offset(kk * 32 + lane, first_piece + n));
+        load_matrix_x4_transposed(b, k_tile + Tile<D>::offset(kk * 32 + lane, first_piece + n));
         mma_16x8x16<T>(sum[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
         mma_16x8x16<T>(sum[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
       }
     }
-    const int64_t row_tile = ((static_cast<int64_t>(batch) * p.heads + of_head) *
-                                  workspace.padded_queries +
-                              tile * kBlockM) / 16 + query_tile;
+    const int64_t first_row =
+        (static_cast<int64_t>(batch) * p.heads + of_head) * workspace.padded_queries +
+        tile * kBlockM;
+    const int64_t row_tile = first_row / 16 + query_tile;
     float* target = workspace.grad_q + (row_tile * (D / 8) + first_piece) * 128;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) add_fragment(target + n * 128, lane, sum[n]);
@@ -189,7 +205,8 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[kTilesN][4];
 #pragma unroll
-      for (int i = 0; i < kTilesN; ++i) load_matrix_x4(a[i], read_rows(k_tile, warp_key + 16 * i, kk));
+      for (int i = 0; i < kTilesN; ++i)
+        load_matrix_x4(a[i], read_rows(k_tile, warp_key + 16 * i, kk));
 #pragma unroll
       for (int m = 0; m < kBlockM / 16; ++m) {
         uint32_t b[4];
@@ -242,7 +259,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
         load_matrix_x4(b, read_columns(do_tile, 16 * m, kk));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
-          const uint32_t(&a)[4] = values[i][kk];
+          const uint32_t (&a)[4] = values[i][kk];
           mma_16x8x16<T>(dp[i][2 * m], a[0], a[1], a[2], a[3], b[0], b[1]);
           mma_16x8x16<T>(dp[i][2 * m + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
@@ -286,7 +303,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
         load_matrix_x4_transposed(b, read_rows(do_tile, 16 * m, split * (kOwnColumns / 16) + d));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
-          const uint32_t(&low)[2] = pt[i][2 * m], (&high)[2] = pt[i][2 * m + 1];
+          const uint32_t (&low)[2] = pt[i][2 * m], (&high)[2] = pt[i][2 * m + 1];
           mma_16x8x16<T>(grad_v[i][2 * d], low[0], low[1], high[0], high[1], b[0], b[1]);
           mma_16x8x16<T>(grad_v[i][2 * d + 1], low[0], low[1], high[0], high[1], b[2], b[3]);
         }
@@ -300,7 +317,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
         load_matrix_x4_transposed(b, read_rows(q_tile, 16 * m, split * (kOwnColumns / 16) + d));
 #pragma unroll
         for (int i = 0; i < kTilesN; ++i) {
-          const uint32_t(&low)[2] = dst[i][2 * m], (&high)[2] = dst[i][2 * m + 1];
+          const uint32_t (&low)[2] = dst[i][2 * m], (&high)[2] = dst[i][2 * m + 1];
           mma_16x8x16<T>(grad_k[i][2 * d], low[0], low[1], high[0], high[1], b[0], b[1]);
           mma_16x8x16<T>(grad_k[i][2 * d + 1], low[0], low[1], high[0], high[1], b[2], b[3]);
         }
@@ -315,6 +332,7 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
     __syncthreads();
     add_grad_q(last_head, last_tile, scores + (stage ^ 1) * Tiles::kScoreBytes);
   }
+
   T* grad_k_rows = static_cast<T*>(params.grad_k) + batch * params.grad_k_stride[0] +
                    kv_head * params.grad_k_stride[1] + first_key * params.grad_k_stride[2];
   T* grad_v_rows = static_cast<T*>(params.grad_v) + batch * params.grad_v_stride[0] +
@@ -340,18 +358,19 @@ __global__ void __launch_bounds__(32 * kKeyWarps * kSplits)
   }
 }
 
-template <typename T, int D, int kBlockM, int kTilesN, int kKeyWarps, int kSplits>
-void launch_flash_backward_tiles(const FlashAttentionBackwardParams& p,
-                                 const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
-  using Tiles = BackwardTiles<D, kBlockM, kTilesN, kKeyWarps, kSplits>;
-  const auto kernel = flash_backward_kernel<T, D, kBlockM, kTilesN, kKeyWarps, kSplits>;
-  allow_shared_memory(kernel, Tiles::kShared);
+template <typename T, int D>
+void launch_flash_backward_keys(const FlashAttentionBackwardParams& p,
+                                const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
+  using Tiles = BackwardTiles<D, true>;  // of which 8.x differs in kBlockM only
+  const int bytes = runs_sm90_code() ? Tiles::kShared : BackwardTiles<D, false>::kShared;
+  const auto kernel = flash_backward_kernel<T, D>;
+  allow_shared_memory(kernel, bytes);
   const FlashAttentionParams& f = p.forward;
   const Schedule schedule = Schedule::make(static_cast<int64_t>(f.batch) * f.kv_heads,
                                            (f.keys + Tiles::kBlockN - 1) / Tiles::kBlockN, 1,
                                            int64_t{8} * f.queries * D, 1);
-  kernel<<<schedule.blocks(), Tiles::kThreads, Tiles::kShared, stream>>>(p, workspace,
-                                                                         ScoreScale(f), schedule);
+  kernel<<<schedule.blocks(), Tiles::kThreads, bytes, stream>>>(p, workspace, ScoreScale(f),
+                                                                schedule);
   TTF_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -365,26 +384,13 @@ struct FlashBackwardSm80 {
 template <int D>
 void FlashBackwardSm80<D>::launch(const FlashAttentionBackwardParams& p,
                                   const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
-  constexpr int kBlockM = D == 256 ? 16 : 32;
-  constexpr int kTilesN = D == 64 ? 2 : 1;
-  constexpr int kKeyWarps = D == 96 || D == 128 ? 8 : 4;
-  constexpr int kSplits = D == 256 ? 2 : 1;
-  const bool half = p.forward.dtype == DType::kFloat16;
-  auto launch =
-      half ? launch_flash_backward_tiles<__half, D, kBlockM, kTilesN, kKeyWarps, kSplits>
-           : launch_flash_backward_tiles<__nv_bfloat16, D, kBlockM, kTilesN, kKeyWarps, kSplits>;
-  if constexpr (D == 128) {
-    // More queries a tile where they fit: 9.0 and 8.0, but not 8.6.
-    if (device_properties().max_shared_per_block >= BackwardTiles<D, 64, 1, 8, 1>::kShared) {
-      launch = half ? launch_flash_backward_tiles<__half, D, 64, 1, 8, 1>
-                    : launch_flash_backward_tiles<__nv_bfloat16, D, 64, 1, 8, 1>;
-    }
+  if (p.forward.dtype == DType::kFloat16) {
+    launch_flash_backward_keys<__half, D>(p, workspace, stream);
+    if (p.deterministic) launch_flash_backward_q<__half, D>(p, workspace, stream);
+  } else {
+    launch_flash_backward_keys<__nv_bfloat16, D>(p, workspace, stream);
+    if (p.deterministic) launch_flash_backward_q<__nv_bfloat16, D>(p, workspace, stream);
   }
-  launch(p, workspace, stream);
-  if (!p.deterministic) return;
-  const auto launch_q =
-      half ? launch_flash_backward_q<__half, D> : launch_flash_backward_q<__nv_bfloat16, D>;
-  launch_q(p, workspace, stream);
 }
 
 }  // namespace torchtune_fused

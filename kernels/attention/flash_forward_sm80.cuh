@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
                          const __grid_constant__ Schedule schedule) {
   constexpr int kThreads = 32 * kWarps;
   constexpr int kTilesM = kBlockM / kWarps / 16;  // of a warp
-  constexpr bool kHoldQueries = D == 64;  // in registers: there is room
+  constexpr bool kHoldQueries = D == 64;          // in registers: there is room
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   const int queries = min(kBlockM, p.queries - first_query);
   const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
                first_query * p.q_stride[2];
-  const auto key_rows = [&](const void* tensor, const int64_t(&stride)[3], int tile) {
+  const auto key_rows = [&](const void* tensor, const int64_t (&stride)[3], int tile) {
     return static_cast<const T*>(tensor) + batch * stride[0] +
            head / (p.heads / p.kv_heads) * stride[1] + tile * kBlockN * stride[2];
   };
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
   const auto kind_of = [&](int tile) {
     const Range keys = {tile * kBlockN, (tile + 1) * kBlockN};
-    const Range queries = {first_query, min(first_query + kBlockM, p.queries)};
-    return kind_of_keys(p, batch, head, queries, keys, filled_keys(p));
+    const Range rows = {first_query, min(first_query + kBlockM, p.queries)};
+    return kind_of_keys(p, batch, head, rows, keys, filled_keys(p));
   };
   const int begin = keys_of_query(p, batch, first_query, filled_keys(p)).begin / kBlockN;
   const int end = keys_of_query(p, batch, first_query + queries - 1, filled_keys(p)).end;
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   const int warp_row = warp * kTilesM * 16;
   float out[kTilesM][D / 8][4] = {};
   // Of this lane's rows (2 i + j: row group_row + 8 j of the warp's tile i): what is subtracted in
-  // the exponent, close to the maximum of the scores, at first below them all; and the sum over this
-  // lane's keys.
+  // the exponent, close to the maximum of the scores, at first below them all; and the sum over
+  // this lane's keys.
   float base[2 * kTilesM], sum[2 * kTilesM];
 #pragma unroll
   for (int r = 0; r < 2 * kTilesM; ++r) {

@@ -2,8 +2,8 @@
 //
 // Causality, a window, documents and the length all let a query see a range of keys whose two ends
 // never decrease from query to query, and a key be seen by such a range of queries. So the ranges
-// of a tile's first and last row tell of any tile whether it is empty, full or partial; the bit mask
-// brings a table of its own. Only partial tiles look at single elements.
+// of a tile's first and last row tell of any tile whether it is empty, full or partial; the bit
+// mask brings a table of its own. Only partial tiles look at single elements.
 #pragma once
 
 #include "attention/flash_tiles.cuh"
@@ -54,8 +54,8 @@ __device__ __forceinline__ Range queries_of_key(const FlashAttentionParams& p, i
 // What the bit mask says of a rectangle, from its table of tiles.
 __device__ __forceinline__ MaskTileKind kind_in_table(const AttentionMask& mask, int batch,
                                                       int head, Range queries, Range keys) {
-  const unsigned char* table = mask.tile_kinds + batch * mask.kinds_batch_stride +
-                               head * mask.kinds_head_stride;
+  const unsigned char* table =
+      mask.tile_kinds + batch * mask.kinds_batch_stride + head * mask.kinds_head_stride;
   bool empty = true, full = true;
   for (int i = queries.begin / kMaskTile; i * kMaskTile < queries.end; ++i) {
     for (int j = keys.begin / kMaskTile; j * kMaskTile < keys.end; ++j) {
@@ -93,9 +93,8 @@ __device__ __forceinline__ MaskTileKind kind_of_queries(const FlashAttentionPara
   const MaskTileKind kind = kind_in_ranges(queries, queries_of_key(p, batch, keys.begin),
                                            queries_of_key(p, batch, keys.end - 1));
   if (kind == kTileEmpty) return kind;
-  const MaskTileKind bits = p.mask.tile_kinds == nullptr
-                                ? kTileFull
-                                : kind_in_table(p.mask, batch, head, queries, keys);
+  const MaskTileKind bits =
+      p.mask.tile_kinds == nullptr ? kTileFull : kind_in_table(p.mask, batch, head, queries, keys);
   if (bits == kTileEmpty) return bits;
   return bits == kTileFull && whole ? kind : kTilePartial;
 }
@@ -162,8 +161,8 @@ __device__ __forceinline__ void mask_scores_transposed(float (&s)[kTilesN][kBloc
 #pragma unroll
   for (int e = 0; e < kBlockM / 4; ++e) {
     const int query = min(first_query + e / 2 * 8 + e % 2 + quad * 2, p.queries - 1);
-    const uint32_t visible = words[static_cast<int64_t>(query) * p.mask.bits_row_stride] >>
-                             (first_key % 32 + group_row);
+    const uint32_t visible =
+        words[static_cast<int64_t>(query) * p.mask.bits_row_stride] >> (first_key % 32 + group_row);
 #pragma unroll
     for (int r = 0; r < 2 * kTilesN; ++r) {
       float& score = s[r / 2][e / 2][r % 2 * 2 + e % 2];

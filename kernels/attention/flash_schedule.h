@@ -14,8 +14,8 @@ namespace torchtune_fused {
 struct Schedule {
   int heads, tiles, heads_per_section;
 
-  // `granule` heads stay together; `bytes` is what one head reads repeatedly; `blocks_per_sm` run at
-  // the same time, and a section has several times as many.
+  // `granule` heads stay together; `bytes` is what one head reads repeatedly; `blocks_per_sm` run
+  // at the same time, and a section has several times as many.
   static Schedule make(int64_t heads, int tiles, int granule, int64_t bytes, int blocks_per_sm) {
     constexpr int64_t kL2Share = 24 << 20;
     const int64_t fill = 4 * blocks_per_sm * device_properties().num_sms / tiles + 1;
