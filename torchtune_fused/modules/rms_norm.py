@@ -1,9 +1,9 @@
 """torchtune's RMSNorm on the fused op."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune.modules import RMSNorm
 
-from torchtune_fused.modules._plain import is_plain_tensor, share_state
+from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_state
 from torchtune_fused.ops import rms_norm
 
 
@@ -28,3 +28,11 @@ class FusedRMSNorm(RMSNorm):
         if is_plain_tensor(x) and is_plain_tensor(scale):
             return rms_norm(x, scale, self.eps)
         return super().forward(x)
+
+
+def head_norms(q_norm: nn.Module, k_norm: nn.Module) -> tuple[tuple[Tensor, Tensor], float] | None:
+    """Scales and epsilon of the norms of queries and keys, None if they have to be called."""
+    for cls in (FusedRMSNorm, RMSNorm):
+        if is_plain(q_norm, cls) and is_plain(k_norm, cls) and q_norm.eps == k_norm.eps:
+            return (q_norm.scale, k_norm.scale), q_norm.eps
+    return None

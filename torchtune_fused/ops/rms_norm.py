@@ -47,9 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 @define_op("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)")
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = at_least_fp32(x.contiguous())
-    # The norm reads x once and keeps nothing of its size, where x.square().mean() would.
-    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
+    rstd = reciprocal_rms(wide, eps)
     y = (wide * rstd).mul_(weight).to(x.dtype)
     return y, rstd.squeeze_(-1)
 
@@ -59,14 +57,29 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     "(Tensor grad_x, Tensor grad_weight)"
 )
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    grad, x_wide = at_least_fp32(grad.contiguous()), at_least_fp32(x.contiguous())
+    grad_x, grad_weight = normalise_backward(grad, x_wide, weight, rstd.unsqueeze(-1))
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x²) + eps)`` of each row, its dimension kept."""
+    # The norm reads x once and keeps nothing of its size, where x.square().mean() would.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def normalise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``weight``, all in one precision and contiguous."""
     # With n = x * rstd: dx = rstd * (g * w - n * mean(g * w * n)), dw = sum over rows of g * n.
-    grad, rstd = at_least_fp32(grad.contiguous()), rstd.unsqueeze(-1)
-    normed = at_least_fp32(x.contiguous()) * rstd
+    normed = x * rstd
     product = grad * normed
     grad_weight = product.view(-1, x.shape[-1]).sum(0)
     mean = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
     grad_x = torch.mul(grad, weight, out=product).addcmul_(normed, mean, value=-1).mul_(rstd)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+    return grad_x, grad_weight
 
 
 @torch.library.register_fake("torchtune_fused::rms_norm", lib=LIBRARY)
