@@ -20,8 +20,9 @@ MLP = (2, 5, 8), (7, 8), (7, 8), (8, 7)
 CACHE = (3, 2, 11, 8)
 
 CALLS = {
-    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6],
-    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5)],
+    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
+    "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
+    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), False],
     "rope": lambda: [randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4), None, True, False],
     "rope positions": lambda: [
         *(randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4)),

@@ -1,6 +1,7 @@
-"""torchtune's RMSNorm on the fused op."""
+"""torchtune's RMSNorms on the fused op."""
 
 from torch import Tensor, nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 
 from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_state
@@ -27,6 +28,29 @@ class FusedRMSNorm(RMSNorm):
         scale = self.scale
         if is_plain_tensor(x) and is_plain_tensor(scale):
             return rms_norm(x, scale, self.eps)
+        return super().forward(x)
+
+
+class FusedGemmaRMSNorm(GemmaRMSNorm):
+    """Drop-in for torchtune's ``GemmaRMSNorm``, which scales by ``1 + scale``."""
+
+    @classmethod
+    def from_stock(cls, module: GemmaRMSNorm) -> "FusedGemmaRMSNorm":
+        """The same norm, sharing all of its state with ``module``."""
+        return share_state(module, GemmaRMSNorm, cls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of ``x``.
+
+        Args:
+            x (Tensor): input of shape ``[..., dim]``.
+
+        Returns:
+            Tensor: shape and dtype of ``x``.
+        """
+        scale = self.scale
+        if is_plain_tensor(x) and is_plain_tensor(scale):
+            return rms_norm(x, scale, self.eps, unit_offset=True)
         return super().forward(x)
 
 
