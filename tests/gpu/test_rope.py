@@ -96,8 +96,14 @@ def test_outputs_and_gradients(assert_as_exact, dtype, norm, interleaved, b, s, 
         results = with_gradients(ours, (q, k, *norms), grads, kwargs)
         low = with_gradients(plain, (q, k, *norms), grads, kwargs)
         truth = with_gradients(plain, (q, k, *norms), grads, kwargs, torch.float64)
-        for result in zip(results, low, truth, strict=True):
-            assert_as_exact(*result, dtype)
+        for out, plainly, exact in zip(results, low, truth, strict=True):
+            if dtype != torch.float32:
+                assert_as_exact(out, plainly, exact, dtype)
+                continue
+            # No lower precision can judge fp32. Sums run in another order, and the norm's gradient
+            # is a difference: 32 roundings of the largest value.
+            atol = 32 * torch.finfo(dtype).eps * exact.abs().max().item()
+            torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])

@@ -100,7 +100,7 @@ def _forward(
         wide = rotate(wide)
         if weight is not None and not norm_before_rope:
             wide = (wide * reciprocal_rms(wide, eps)).mul_(weight)
-        return wide.to(x.dtype)
+        return wide.type_as(x)
 
     return heads(q, q_norm), heads(k, k_norm)
 

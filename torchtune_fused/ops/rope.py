@@ -89,7 +89,7 @@ def _rope(
     x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, interleaved: bool, inverse: bool
 ) -> Tensor:
     rotate = rotation("rope", x, cos, sin, input_pos, interleaved, inverse)
-    return rotate(at_least_fp32(x)).to(x.dtype)
+    return rotate(at_least_fp32(x)).type_as(x)
 
 
 def rotation(
@@ -107,14 +107,14 @@ def rotation(
         cos, sin = cos[:s], sin[:s]
     else:
         cos, sin = _gather(op, cos, sin, input_pos)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    cos, sin = cos.to(dtype), sin.to(dtype)
+    exact = like.dtype == torch.float64
+    cos, sin = (cos.double(), sin.double()) if exact else (cos.float(), sin.float())
     if inverse:
         sin = -sin
     if interleaved:
         # A pair is a complex number and the rotation one product: a single pass over x.
         turn = torch.complex(cos, sin).view(-1, s, 1, pairs)
-        return lambda x: (_aligned(x).view(turn.dtype) * turn).view(dtype)
+        return lambda x: (_aligned(x).view(turn.dtype) * turn).view(x.dtype)
 
     cos, sin = torch.cat((cos, cos), -1).view(-1, s, 1, 2 * pairs), sin.view(-1, s, 1, pairs)
 
