@@ -1,6 +1,5 @@
 // Grid: one block per 32 columns. Block: 32 columns x 32 strides over the rows.
 #include "common/column_sum.h"
-
 #include "common/elements.cuh"
 
 namespace torchtune_fused {
@@ -12,7 +11,8 @@ __global__ void __launch_bounds__(1024) column_sum_kernel(ColumnSumParams p) {
   const Acc* partial = static_cast<const Acc*>(p.partial);
   Acc sum = 0;
   if (column < p.columns) {
-    for (int64_t row = threadIdx.y; row < p.rows; row += 32) sum += partial[row * p.columns + column];
+    for (int64_t row = threadIdx.y; row < p.rows; row += 32)
+      sum += partial[row * p.columns + column];
   }
   __shared__ Acc sums[32][33];
   sums[threadIdx.y][threadIdx.x] = sum;

@@ -1,13 +1,13 @@
-#include "norm/rms_norm.cuh"
-
 #include "common/types.cuh"
 #include "norm/layout.cuh"
+#include "norm/rms_norm.cuh"
 
 namespace torchtune_fused {
 
 void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   if (params.rows == 0) return;  // an empty grid is an error
-  const RowLayout layout = row_layout(params.dim, params.dtype, {params.x, params.y, params.weight});
+  const RowLayout layout =
+      row_layout(params.dim, params.dtype, {params.x, params.y, params.weight});
   with_type(params.dtype, [&](auto x) {
     using T = decltype(x);
     if constexpr (!std::is_same_v<T, double>) {

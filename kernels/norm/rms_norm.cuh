@@ -1,5 +1,5 @@
-// RMSNorm (Zhang and Sennrich, 2019): y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps), where w is
-// the weight, or 1 + weight. Backward, with n = x * rstd and g the gradient of y:
+// RMSNorm (Zhang and Sennrich, 2019): y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps), where w
+// is the weight, or 1 + weight. Backward, with n = x * rstd and g the gradient of y:
 //   grad_x = rstd * (g * w - n * mean(g * w * n)),  grad_weight = sum over the rows of g * n.
 //
 // Memory: x, y and their gradients [rows, dim], weight [dim], rstd [rows], all contiguous.
@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kAnyBlock)
   const Acc rstd = rsqrt(sum / static_cast<Acc>(p.dim) + static_cast<Acc>(p.eps));
   if (threadIdx.x == 0) static_cast<Acc*>(p.rstd)[row] = rstd;
   for (int64_t i = threadIdx.x; i < p.dim; i += kAnyBlock) {
-    const Acc w = load_element<Acc>(p.weight, i, p.weight_dtype) + static_cast<Acc>(p.weight_offset);
+    const Acc w =
+        load_element<Acc>(p.weight, i, p.weight_dtype) + static_cast<Acc>(p.weight_offset);
     y[i] = static_cast<T>(static_cast<Acc>(x[i]) * rstd * w);
   }
 }

@@ -25,8 +25,7 @@ int rms_norm_backward_blocks(const RmsNormBackwardParams& params) {
         kernel = reinterpret_cast<const void*>(&rms_norm_backward_kernel<T>);
       }
     }
-    TTF_CUDA_CHECK(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, layout.block, 0));
+    TTF_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, layout.block, 0));
   });
   const int64_t wave = int64_t{per_sm} * device_properties().num_sms;
   return static_cast<int>(std::min(needed, wave));

@@ -13,9 +13,7 @@ namespace torchtune_fused {
 namespace {
 
 // `x` [b, s, heads, d] as the kernels read it: with a dense last dimension.
-Tensor dense_heads(const Tensor& x) {
-  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
+Tensor dense_heads(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
 
 void copy_strides(const Tensor& x, int64_t (&strides)[3]) {
   for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
@@ -68,9 +66,8 @@ RopeHeads heads_of(const Tensor& x, const char* name, const Tensor& first, Tenso
   check_device(x, name, first);
   check_dtype(x, name, first.scalar_type());
   check_shape(x, name, {first.size(0), first.size(1), -1, first.size(3)});
-  RopeHeads heads = {.x = x.const_data_ptr(),
-                     .out = out.mutable_data_ptr(),
-                     .heads = static_cast<int>(x.size(2))};
+  RopeHeads heads = {
+      .x = x.const_data_ptr(), .out = out.mutable_data_ptr(), .heads = static_cast<int>(x.size(2))};
   copy_strides(x, heads.stride);
   return heads;
 }
@@ -164,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
       torch::stable::new_empty(q, {p.of[0].blocks + p.of[1].blocks, int64_t{p.head_dim}},
                                fp64 ? ScalarType::Double : ScalarType::Float);
   p.of[0].partial = partial.mutable_data_ptr();
-  p.of[1].partial = static_cast<char*>(p.of[0].partial) +
-                    int64_t{p.of[0].blocks} * p.head_dim * (fp64 ? 8 : 4);
+  p.of[1].partial =
+      static_cast<char*>(p.of[0].partial) + int64_t{p.of[0].blocks} * p.head_dim * (fp64 ? 8 : 4);
   launch_rope_backward(p, context.stream());
   Tensor grad_q_norm = torch::stable::new_empty(q_norm, q_norm.sizes());
   Tensor grad_k_norm = torch::stable::new_empty(k_norm, k_norm.sizes());

@@ -1,6 +1,5 @@
-#include "rope/rope.cuh"
-
 #include "rope/dispatch.cuh"
+#include "rope/rope.cuh"
 
 namespace torchtune_fused {
 

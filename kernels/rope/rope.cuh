@@ -1,11 +1,11 @@
 // Rotary position embeddings of queries and keys, with an RMSNorm over each head or without.
 //
-// A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin); norms are those of norm/rms_norm.
-// Grid: blocks for the queries, then blocks for the keys. Block: kWarps warps, each with one token at
-// a time and all of its heads. A head takes `lanes` lanes of a warp (a power of two), of which each
-// holds kPairs pairs: kVec channels from the first half of the head and kVec from the second, as
-// 16-byte vectors; or, where d or the strides don't allow vectors, pair by pair.
-// Angles of a block's tokens and the norm's weight are staged in shared memory.
+// A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin); norms are those of
+// norm/rms_norm. Grid: blocks for the queries, then blocks for the keys. Block: kWarps warps, each
+// with one token at a time and all of its heads. A head takes `lanes` lanes of a warp (a power of
+// two), of which each holds kPairs pairs: kVec channels from the first half of the head and kVec
+// from the second, as 16-byte vectors; or, where d or the strides don't allow vectors, pair by
+// pair. Angles of a block's tokens and the norm's weight are staged in shared memory.
 #pragma once
 
 #include "common/elements.cuh"
@@ -184,7 +184,8 @@ __device__ __forceinline__ int64_t position_of(const RopeParams& p, int64_t toke
 
 // The angles of this warp's token. A position that the tables don't have turns its token to NaN.
 template <typename Acc>
-__device__ __forceinline__ void stage_angles(const RopeParams& p, int64_t token, Acc* cos, Acc* sin) {
+__device__ __forceinline__ void stage_angles(const RopeParams& p, int64_t token, Acc* cos,
+                                             Acc* sin) {
   __syncwarp();
   if (token < p.tokens) {
     const int64_t position = position_of(p, token);

@@ -1,8 +1,7 @@
-#include "rope/rope_backward.cuh"
-
 #include <algorithm>
 
 #include "rope/dispatch.cuh"
+#include "rope/rope_backward.cuh"
 
 namespace torchtune_fused {
 
