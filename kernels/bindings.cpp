@@ -35,6 +35,12 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
                   const Tensor& cache_pos);
 
+// mlp/mlp.cpp
+Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation);
+std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& gate,
+                                                     const Tensor& up, std::string activation,
+                                                     bool need_hidden);
+
 // sampling/sampling.cpp
 Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
@@ -50,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

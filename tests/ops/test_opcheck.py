@@ -33,7 +33,12 @@ CALLS = {
         *("gelu_tanh", True),
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
-    "gated_mlp_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu"],
+    "gated_activation": lambda: [randn(5, 7), randn(5, 7), "relu"],
+    "gated_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu", True],
+    "gated_activation_backward hiddenless": lambda: [
+        *(randn(5, 7) for _ in range(3)),
+        *("silu", False),
+    ],
     "attention": lambda: [*(randn(*s, grad=True) for s in QKV), None, True, 0.3, None],
     "attention mask": lambda: [*(randn(*s, grad=True) for s in QKV), MASK, False, 0.3, 2],
     "attention_backward": lambda: [

@@ -1,0 +1,38 @@
+// The gated MLP: what the host hands to the kernels, and their launches.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/cuda_utils.h"
+
+namespace torchtune_fused {
+
+// hidden = activation(gate) * up; all of `size` elements, contiguous. hidden may be gate or up.
+struct GatedActivationParams {
+  const void* gate;
+  const void* up;
+  void* hidden;
+  int64_t size;
+  Activation activation;
+  DType dtype;
+};
+
+// The gradients of gate and up from that of hidden. Each output may be one of the inputs.
+struct GatedActivationBackwardParams {
+  const void* grad;
+  const void* gate;
+  const void* up;
+  void* hidden;  // computed again; null: not wanted
+  void* grad_gate;
+  void* grad_up;
+  int64_t size;
+  Activation activation;
+  DType dtype;
+};
+
+void launch_gated_activation(const GatedActivationParams& params, cudaStream_t stream);
+void launch_gated_activation_backward(const GatedActivationBackwardParams& params,
+                                      cudaStream_t stream);
+
+}  // namespace torchtune_fused
