@@ -30,7 +30,7 @@ __device__ __forceinline__ ValueAndSlope<F> activate_with_slope(F x, Activation 
       return {x * s, s + x * s * (F(1) - s) * kTwoU * (F(1) + F(3) * kCubic * square)};
     }
     case Activation::kGelu: {
-      const F cdf = F(0.5) * (F(1) + erf(x * F(0.7071067811865476)));
+      const F cdf = F(0.5) * erfc(x * F(-0.7071067811865476));
       return {x * cdf, cdf + x * exp(F(-0.5) * x * x) * F(0.3989422804014327)};
     }
     case Activation::kRelu:

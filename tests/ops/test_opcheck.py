@@ -39,6 +39,19 @@ CALLS = {
         *(randn(5, 7) for _ in range(3)),
         *("silu", False),
     ],
+    "lora_linear": lambda: [
+        *(randn(2, 5, 8, grad=True), None, randn(7, 8), None),
+        *(randn(3, 8, grad=True), randn(7, 3, grad=True), 0.5),
+    ],
+    "lora_linear dropout": lambda: [
+        *(randn(5, 8, grad=True), randn(5, 8, grad=True), randn(7, 8, grad=True)),
+        *(randn(7, grad=True), randn(3, 8, grad=True), randn(7, 3, grad=True), 0.5),
+    ],
+    "lora_gated_mlp": lambda: [
+        *(randn(*s, grad=True) for s in (*MLP, (7,), (7,), (8,))),
+        *(randn(*s, grad=True) for s in ((2, 8), (7, 2), (3, 8), (7, 3), (2, 7), (8, 2))),
+        *(0.5, "silu"),
+    ],
     "attention": lambda: [*(randn(*s, grad=True) for s in QKV), None, True, 0.3, None],
     "attention mask": lambda: [*(randn(*s, grad=True) for s in QKV), MASK, False, 0.3, 2],
     "attention_backward": lambda: [

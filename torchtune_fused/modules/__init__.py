@@ -3,6 +3,7 @@
 from torchtune_fused.modules.attention import FusedAttention
 from torchtune_fused.modules.decoder import FusedTransformerDecoder
 from torchtune_fused.modules.feed_forward import FusedFeedForward
+from torchtune_fused.modules.lora_linear import FusedLoRALinear
 from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
 from torchtune_fused.modules.optimized_attention import OptimizedAttention
 from torchtune_fused.modules.rms_norm import FusedRMSNorm
@@ -10,6 +11,7 @@ from torchtune_fused.modules.rms_norm import FusedRMSNorm
 __all__ = [
     "FusedAttention",
     "FusedFeedForward",
+    "FusedLoRALinear",
     "FusedRMSNorm",
     "FusedTransformerDecoder",
     "MultiLayerPerceptron",

@@ -11,10 +11,13 @@ from torchtune_fused.ops.decode_qkv import decode_qkv
 from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
+from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
+from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
 __all__ = [
+    "AdaptedLinear",
     "attention",
     "attention_decode",
     "decode_gated",
@@ -25,6 +28,8 @@ __all__ = [
     "fused_mlp",
     "gated_mlp",
     "kv_cache_update",
+    "lora_gated_mlp",
+    "lora_linear",
     "rms_norm",
     "rope",
 ]

@@ -23,6 +23,14 @@ ACTIVATIONS = {
 }
 
 
+def check_activation(op: str, activation: str) -> None:
+    """Raises a ValueError unless the activation is known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` of two contiguous tensors of one shape; no gradients."""
     return call("gated_activation", gate, up, activation)

@@ -16,7 +16,7 @@ from torchtune_fused.ops._library import (
     register_autograd,
 )
 from torchtune_fused.ops.gated_activation import (
-    ACTIVATIONS,
+    check_activation,
     gated_activation,
     gated_activation_backward,
 )
@@ -55,10 +55,7 @@ def gated_mlp(
         ValueError: if a shape or device doesn't fit, or the activation is unknown.
     """
     check_floating("gated_mlp", "x", x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"gated_mlp: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    check_activation("gated_mlp", activation)
     op, dim, hidden, out = "gated_mlp", x.shape[-1], w_gate.shape[0], w_down.shape[0]
     check_tensor(op, "w_gate", w_gate, (hidden, dim), "x", x)
     check_tensor(op, "w_up", w_up, (hidden, dim), "x", x)
