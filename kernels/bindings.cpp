@@ -36,6 +36,9 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   const Tensor& cache_pos);
 
 // mlp/mlp.cpp
+std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w_gate,
+                                                const Tensor& w_up, std::string activation,
+                                                bool save);
 Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation);
 std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& gate,
                                                      const Tensor& up, std::string activation,
@@ -56,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("gated_linear", TORCH_BOX(&gated_linear));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
   m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));

@@ -28,8 +28,10 @@ struct GatedJob {
   }
 
   __device__ void store(int n, int token, float gate, float up, const Operands& bias) const {
-    static_cast<T*>(p.out)[token * p.n + n] =
-        T(activate(gate + bias.gate, p.activation) * (up + bias.up));
+    with_activation(p.activation, [&](auto activation) {
+      static_cast<T*>(p.out)[token * p.n + n] =
+          T(activate<activation.value>(gate + bias.gate) * (up + bias.up));
+    });
   }
 };
 

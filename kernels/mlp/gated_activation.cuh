@@ -36,16 +36,18 @@ __global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedAc
     const int64_t i = first + v * kGatedThreads;
     if (i < size) gate[v] = gates[i], up[v] = ups[i];
   }
+  with_activation(p.activation, [&](auto activation) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t i = first + v * kGatedThreads;
-    if (i >= size) return;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = first + v * kGatedThreads;
+      if (i >= size) return;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      gate[v].of[j] = T(activate(F(gate[v].of[j]), p.activation) * F(up[v].of[j]));
+      for (int j = 0; j < kWidth; ++j) {
+        gate[v].of[j] = T(activate<activation.value>(F(gate[v].of[j])) * F(up[v].of[j]));
+      }
+      static_cast<V*>(p.hidden)[i] = gate[v];
     }
-    static_cast<V*>(p.hidden)[i] = gate[v];
-  }
+  });
 }
 
 template <typename T, int kWidth, int kVectors>
@@ -65,22 +67,24 @@ __global__ void __launch_bounds__(kGatedThreads)
     const int64_t i = first + v * kGatedThreads;
     if (i < size) grad[v] = grads[i], gate[v] = gates[i], up[v] = ups[i];
   }
+  with_activation(p.activation, [&](auto activation) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t i = first + v * kGatedThreads;
-    if (i >= size) return;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = first + v * kGatedThreads;
+      if (i >= size) return;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const F g = F(grad[v].of[j]), u = F(up[v].of[j]);
-      const ValueAndSlope<F> a = activate_with_slope(F(gate[v].of[j]), p.activation);
-      grad[v].of[j] = T(a.value * u);
-      gate[v].of[j] = T(g * u * a.slope);
-      up[v].of[j] = T(g * a.value);
+      for (int j = 0; j < kWidth; ++j) {
+        const F g = F(grad[v].of[j]), u = F(up[v].of[j]);
+        const ValueAndSlope<F> a = activate_with_slope<activation.value>(F(gate[v].of[j]));
+        grad[v].of[j] = T(a.value * u);
+        gate[v].of[j] = T(g * u * a.slope);
+        up[v].of[j] = T(g * a.value);
+      }
+      if (p.hidden) static_cast<V*>(p.hidden)[i] = grad[v];
+      static_cast<V*>(p.grad_gate)[i] = gate[v];
+      static_cast<V*>(p.grad_up)[i] = up[v];
     }
-    if (p.hidden) static_cast<V*>(p.hidden)[i] = grad[v];
-    static_cast<V*>(p.grad_gate)[i] = gate[v];
-    static_cast<V*>(p.grad_up)[i] = up[v];
-  }
+  });
 }
 
 }  // namespace torchtune_fused

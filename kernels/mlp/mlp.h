@@ -31,6 +31,25 @@ struct GatedActivationBackwardParams {
   DType dtype;
 };
 
+// hidden = activation(x gate_weight^T) * (x up_weight^T), the sums rounded once, after the product.
+struct GatedLinearParams {
+  const void* x;            // [rows, k]
+  const void* gate_weight;  // [n, k]
+  const void* up_weight;    // [n, k]
+  void* hidden;             // [rows, n]
+  void* gate;               // [rows, n]: the projections before the activation
+  void* up;                 // [rows, n]; both null: not wanted
+  int rows, n, k;
+  Activation activation;
+  DType dtype;
+};
+
+#ifdef TTF_HAS_SM90
+// Hopper's way: whether it takes the case, and its launch.
+bool gated_linear_sm90_takes(const GatedLinearParams& params);
+void launch_gated_linear_sm90(const GatedLinearParams& params, cudaStream_t stream);
+#endif
+
 void launch_gated_activation(const GatedActivationParams& params, cudaStream_t stream);
 void launch_gated_activation_backward(const GatedActivationBackwardParams& params,
                                       cudaStream_t stream);

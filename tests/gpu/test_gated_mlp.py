@@ -49,9 +49,9 @@ def test_activation(assert_as_exact, activation, dtype, shape, offset):
         if dtype in HALVES:
             assert_as_exact(mine, theirs, exact, dtype)
         else:
-            # Plain PyTorch is no lower precision here. Exponential, division and three products,
-            # each two roundings at most, of terms that may cancel.
-            atol = 10 * torch.finfo(dtype).eps * exact.abs().max().clamp(min=1).item()
+            # Plain PyTorch is no lower precision here. In GELU's slope, 1 - sigmoid is a rounding
+            # off, times a polynomial of up to 30 where it matters.
+            atol = 64 * torch.finfo(dtype).eps * exact.abs().max().clamp(min=1).item()
             torch.testing.assert_close(mine.double(), exact, rtol=0, atol=atol)
 
 

@@ -33,6 +33,8 @@ CALLS = {
         *("gelu_tanh", True),
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
+    "gated_linear": lambda: [*(randn(*s) for s in MLP[:3]), "silu", True],
+    "gated_linear inference": lambda: [*(randn(*s) for s in MLP[:3]), "gelu", False],
     "gated_activation": lambda: [randn(5, 7), randn(5, 7), "relu"],
     "gated_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu", True],
     "gated_activation_backward hiddenless": lambda: [
