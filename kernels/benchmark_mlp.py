@@ -5,7 +5,8 @@
 Elementwise kernels against the bandwidth of a copy; the MLPs of Llama-3.2-1B and Llama-3.1-8B on
 8192 tokens, forward and backward, against torchtune's FeedForward under torch.compile and Liger's
 SwiGLU (where liger_kernel is installed); 8B's projections with LoRA of rank 16 on 4096 tokens. All
-in bf16 with random data. A figure is the median of 20 calls, in which the contenders take turns.
+in bf16 with random data. The contenders take turns of four calls, long enough to hide the launches;
+a figure is the median of 12 turns.
 """
 
 import argparse
@@ -24,22 +25,24 @@ from torchtune_fused.build import load_kernels
 from torchtune_fused.modules import FusedFeedForward
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 
-CALLS = 20
+TURNS, CALLS = 12, 4
 SIZES = {"1B": (2048, 8192), "8B": (4096, 14336)}  # dim, hidden
 
 
 def microseconds(contenders: dict[str, Callable]) -> dict[str, float]:
     """The median time of each, called in turns so that all see the same clocks."""
     times = {name: [] for name in contenders}
-    for _ in range(CALLS + 5):
+    for _ in range(TURNS + 2):
         for name, run in contenders.items():
+            run()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            for _ in range(CALLS):
+                run()
             end.record()
             end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3)
-    return {name: median(values[5:]) for name, values in times.items()}
+            times[name].append(start.elapsed_time(end) * 1e3 / CALLS)
+    return {name: median(values[2:]) for name, values in times.items()}
 
 
 def report(case: str, time: float, what: str) -> None:

@@ -1,186 +1,124 @@
 // hidden = activation(x gate^T) * (x up^T), on Hopper: one product with the activation in its
-// epilogue.
+// epilogue, and LoRA adapters as a few more columns of x and of the weights.
 //
-// Tiles: a block computes kRows rows of kColumns columns of gate and of the same columns of up: the
-// second operand of one 128 x 256 product is 128 rows of gate, then 128 of up. So each thread holds
-// a sum of gate and that of up for the same element.
-// Grid: persistent, clusters of two blocks that lie one below the other. Each loads its rows of x;
-// block 0 loads the tile of gate and block 1 that of up, for both (multicast).
-// Block: warpgroup 0 loads (one thread), 1 and 2 multiply 64 rows each, over a ring of kStages.
-// Memory: x [rows, k], gate and up [n, k], outputs [rows, n], row-major. In shared memory all tiles
-// have rows of 64 elements, 128 bytes, in TMA's 128-byte swizzle.
+// Tiles: the second operand of a block's 128 x 256 product is 128 rows of gate, then the same 128 of
+// up, so that each thread holds the sums of gate and of up for the same elements. Of a cluster,
+// block 0 loads the rows of gate and block 1 those of up.
+// Memory: x [rows, k], gate and up [n, k], low [rows, rank], outputs [rows, n], all row-major.
+// Grid and shared memory as product.cuh says, with two boxes for the outputs of each warpgroup.
 #pragma once
 
 #include "common/activation.cuh"
-#include "common/vec.cuh"
-#include "mlp/hopper.cuh"
-#include "mlp/mlp.h"
+#include "mlp/product.cuh"
 
 namespace torchtune_fused {
 
 struct GatedLinearMaps {
-  CUtensorMap x, gate_weight, up_weight;  // boxes of 128 rows and 64 columns
-  CUtensorMap hidden, gate, up;           // boxes of 64 rows and 64 columns
+  CUtensorMap x, gate_weight, up_weight;  // tiles of 128 rows
+  CUtensorMap low, low_gate, low_up;      // likewise, the same once more where there are none
+  CUtensorMap hidden, gate, up;           // tiles of 64 rows
 };
 
 struct GatedLinearShape {
   int rows, n, k;
+  int rank;  // of the adapters; 0: none
   Activation activation;
   bool save;
 };
 
-constexpr int kRows = 128, kColumns = 128, kDepth = 64;
-constexpr int kStages = 4;
-constexpr int kBand = 16;
-constexpr int kMinRows = 512;
-constexpr int kOperandBytes = 128 * kDepth * 2;
-constexpr int kStageBytes = 3 * kOperandBytes;  // x, gate, up
-constexpr int kBoxBytes = 64 * 64 * 2;
-constexpr int kOutBytes = 2 * 2 * kBoxBytes;  // two boxes for each of the two warpgroups
-constexpr int kLinearSharedBytes = 1024 + kStages * kStageBytes + kOutBytes + 2 * kStages * 8;
-constexpr int kLinearThreads = 3 * 128;
-
-// The order in which clusters go through the tiles: kBand pairs of row tiles at a time, so that
-// these rows of x and the weights in use stay in L2.
-struct TileOrder {
-  int row_pairs, column_tiles;
-
-  __device__ TileOrder(const GatedLinearShape& s)
-      : row_pairs((s.rows + 2 * kRows - 1) / (2 * kRows)),
-        column_tiles((s.n + kColumns - 1) / kColumns) {}
-  __device__ int size() const { return row_pairs * column_tiles; }
-  __device__ void at(int i, int& row_pair, int& column_tile) const {
-    const int first = i / (kBand * column_tiles) * kBand;
-    const int height = min(kBand, row_pairs - first);
-    i -= first * column_tiles;
-    row_pair = first + i % height;
-    column_tile = i / height;
-  }
-};
+constexpr int kGatedStages = 4, kGatedWidth = kWidth / 2;
+constexpr int kGatedSharedBytes = 1024 + Ring<kGatedStages>::kBytes + 2 * 2 * kBoxBytes;
 
 template <typename T>
-__global__ void __cluster_dims__(2) __launch_bounds__(kLinearThreads, 1)
-    gated_linear_kernel(const __grid_constant__ GatedLinearMaps maps, const GatedLinearShape shape) {
+__global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
+    gated_linear_kernel(const __grid_constant__ GatedLinearMaps maps,
+                        const GatedLinearShape shape) {
   extern __shared__ uint8_t raw[];
-  const uint32_t stages = (shared_address(raw) + 1023) / 1024 * 1024;
-  const uint32_t outs = stages + kStages * kStageBytes;
-  const uint32_t full = outs + kOutBytes, empty = full + kStages * 8;
-  const uint32_t rank = cluster_rank();
-  const int warpgroup = threadIdx.x / 128;
-
+  const uint32_t boxes = (shared_address(raw) + 1023) / 1024 * 1024;
+  Ring<kGatedStages> ring(boxes + 2 * 2 * kBoxBytes);
+  const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 2 * 8);  // the 8 multiplying warps of both blocks
-    }
+    ring.init();
     barrier_init_fence();
   }
   cluster_sync();
 
-  const TileOrder order(shape);
-  const int clusters = gridDim.x / 2, steps = (shape.k + kDepth - 1) / kDepth;
-  int stage = 0;
-  uint32_t parity = 0;
-  const auto advance = [&] {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  };
+  const TileOrder order(shape.rows, (shape.n + kGatedWidth - 1) / kGatedWidth);
+  const int wide_steps = steps_of(shape.k), steps = wide_steps + steps_of(shape.rank);
+  const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
+  int row_pair, column;
 
   if (warpgroup == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) {
       const CUtensorMap* weight = rank == 0 ? &maps.gate_weight : &maps.up_weight;
-      for (int tile = blockIdx.x / 2; tile < order.size(); tile += clusters) {
-        int row_pair, column_tile;
-        order.at(tile, row_pair, column_tile);
-        const int row = (2 * row_pair + rank) * kRows, column = column_tile * kColumns;
-        for (int step = 0; step < steps; ++step, advance()) {
-          const uint32_t x = stages + stage * kStageBytes;
-          barrier_wait(empty + 8 * stage, parity ^ 1);
-          barrier_arrive_expect_bytes(full + 8 * stage, kStageBytes);
-          load_tile(x, &maps.x, full + 8 * stage, step * kDepth, row);
-          load_tile_multicast(x + (1 + rank) * kOperandBytes, weight, full + 8 * stage,
-                              step * kDepth, column, 0b11);
+      const CUtensorMap* low_weight = rank == 0 ? &maps.low_gate : &maps.low_up;
+      for (int tile = cluster; tile < order.size(); tile += clusters) {
+        order.at(tile, row_pair, column);
+        for (int step = 0; step < steps; ++step, ring.advance()) {
+          const bool wide = step < wide_steps;
+          const int depth = (wide ? step : step - wide_steps) * kDepth;
+          barrier_wait(ring.empty(), ring.parity ^ 1);
+          barrier_arrive_expect_bytes(ring.full(), kStageBytes);
+          load_tile(ring.first(), wide ? &maps.x : &maps.low, ring.full(), depth,
+                    (2 * row_pair + rank) * kRows);
+          load_tile_multicast(ring.second() + rank * kSecondBytes / 2, wide ? weight : low_weight,
+                              ring.full(), depth, column * kGatedWidth, 0b11);
         }
       }
     }
   } else {
     take_registers<232>();
-    const int half = warpgroup - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const uint32_t out = outs + half * 2 * kBoxBytes;
-    // Where this lane's row of eight 16-byte chunks lies in a box, for stmatrix.
-    const int box_row = 16 * warp + lane % 16;
-    const auto release = [&](int s) {
-      if (lane < 2) barrier_arrive_at(empty + 8 * s, lane);
-    };
+    const int half = warpgroup - 1, lane = threadIdx.x % 32;
+    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for stmatrix
+    const bool elected = threadIdx.x % 128 == 0;
+    const uint32_t box = boxes + half * 2 * kBoxBytes;
     float sum[128];
-    int box = 0;
+    int turn = 0;
 
-    for (int tile = blockIdx.x / 2; tile < order.size(); tile += clusters) {
-      int previous = 0;
-      for (int step = 0; step < steps; ++step, advance()) {
-        const uint32_t x = stages + stage * kStageBytes + half * (kOperandBytes / 2);
-        const uint32_t weights = stages + stage * kStageBytes + kOperandBytes;
-        barrier_wait(full + 8 * stage, parity);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kDepth / 16; ++k) {
-          wgmma_64x256x16<T>(sum, wgmma_operand(x + 32 * k), wgmma_operand(weights + 32 * k),
-                             step > 0 || k > 0);
-        }
-        wgmma_commit();
-        if (step > 0) {
-          wgmma_wait<1>();
-          release(previous);
-        }
-        previous = stage;
-      }
-      wgmma_wait<0>();
-      wgmma_fence_sums(sum);
-      release(previous);
-
-      int row_pair, column_tile;
-      order.at(tile, row_pair, column_tile);
-      const int row = (2 * row_pair + rank) * kRows + half * 64, column = column_tile * kColumns;
+    for (int tile = cluster; tile < order.size(); tile += clusters) {
+      multiply<T, false>(sum, ring, steps, half);
+      order.at(tile, row_pair, column);
       // Sends 64 columns of this warpgroup's rows to memory, by way of two boxes in turns.
-      const auto store = [&](const CUtensorMap* map, int columns, auto value) {
-        const uint32_t to = out + box * kBoxBytes;
-        if (threadIdx.x % 128 == 0) store_tiles_wait_read<1>();
+      const auto store = [&](const CUtensorMap* map, int first, auto value) {
+        const uint32_t to = box + turn * kBoxBytes;
+        if (elected) store_tiles_wait_read<1>();
         named_sync<128>(1 + half);
 #pragma unroll
         for (int chunk = 0; chunk < 8; chunk += 2) {
           uint32_t r[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int at = 4 * (columns / 8 + chunk + i / 2) + 2 * (i % 2);
+            const int at = 4 * (first / 8 + chunk + i / 2) + 2 * (i % 2);
             r[i] = pack<T>(value(at), value(at + 1));
           }
-          const int here = (chunk + lane / 16) ^ (box_row % 8);
-          store_matrix_x4(to + box_row * 128 + here * 16, r);
+          store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
         }
         fence_shared_for_tma();
         named_sync<128>(1 + half);
-        if (threadIdx.x % 128 == 0) {
-          store_tile(map, to, column + columns, row);
+        if (elected) {
+          store_tile(map, to, column * kGatedWidth + first,
+                     (2 * row_pair + rank) * kRows + half * 64);
           store_tiles_commit();
         }
-        box ^= 1;
+        turn ^= 1;
       };
       if (shape.save) {
 #pragma unroll
-        for (int columns = 0; columns < kColumns; columns += 64) {
-          store(&maps.gate, columns, [&](int i) { return sum[i]; });
-          store(&maps.up, columns, [&](int i) { return sum[64 + i]; });
+        for (int first = 0; first < kGatedWidth; first += 64) {
+          store(&maps.gate, first, [&](int i) { return sum[i]; });
+          store(&maps.up, first, [&](int i) { return sum[64 + i]; });
         }
       }
       with_activation(shape.activation, [&](auto activation) {
 #pragma unroll
-        for (int columns = 0; columns < kColumns; columns += 64) {
-          store(&maps.hidden, columns,
+        for (int first = 0; first < kGatedWidth; first += 64) {
+          store(&maps.hidden, first,
                 [&](int i) { return activate<activation.value>(sum[i]) * sum[64 + i]; });
         }
       });
     }
-    if (threadIdx.x % 128 == 0) store_tiles_wait_read<0>();
+    if (elected) store_tiles_wait_read<0>();
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ptx.cuh"
 
@@ -136,13 +137,22 @@ __device__ __forceinline__ void named_sync(int id) {
 
 // ---- Products of a warpgroup, 128 threads, with fp32 sums -----------------------------------------
 
-// Tells wgmma where an operand of 16-bit elements lies: rows of 64 along k, 128 bytes each, in the
-// 128-byte swizzle of TMA, groups of 8 rows one after the other. The tile starts at a multiple of
-// 1024 bytes; a start of 32, 64 or 96 bytes more is the next 16 along k.
-__device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared) {
-  constexpr uint64_t kGroupStride = 1024 >> 4, kSwizzle128 = 1;
-  return (kSwizzle128 << 62) | (kGroupStride << 32) | (uint64_t(1) << 16) |
+// Tells wgmma where a tile of 16-bit elements lies: rows of 64, 128 bytes, in TMA's swizzle, eight
+// of them 1024 bytes; it starts at a multiple of 1024 bytes.
+__device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared, uint32_t piece_bytes) {
+  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  return (kSwizzle128 << 62) | (kEightRows << 32) | (uint64_t(piece_bytes >> 4) << 16) |
          ((shared & 0x3FFFF) >> 4);
+}
+
+// Rows along the result's rows or columns, 64 along k: the next 16 of k are 32 bytes further.
+__device__ __forceinline__ uint64_t wgmma_operand_along_k(uint32_t shared, int k) {
+  return wgmma_operand(shared + 2 * k, 16);
+}
+
+// Rows along k, 64 along the result's columns and the next 64 a tile of 64 x 64 further.
+__device__ __forceinline__ uint64_t wgmma_operand_across_k(uint32_t shared, int k) {
+  return wgmma_operand(shared + 128 * k, 64 * 64 * 2);
 }
 
 // Before the first product of a batch, after registers of the sums were touched.
@@ -167,15 +177,12 @@ __device__ __forceinline__ void wgmma_fence_sums(float (&d)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d[64, 256] = a[64, 16] b[256, 16]^T, added to d if `accumulate`. Thread t holds rows
-// 16 (t / 32) + t % 32 / 4 + {0, 8}: d[4 j + 2 i + c] is column 8 j + 2 (t % 4) + c of row i.
-template <typename T>
-__device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], uint64_t a, uint64_t b,
-                                                bool accumulate);
-
+// d[64, 256] = a[64, 16] b, added to d if `accumulate`; b is [256, 16] along k, or [16, 256] across.
+// Thread t holds rows 16 (t / 32) + t % 32 / 4 + {0, 8}: d[4 j + 2 i + c] is column
+// 8 j + 2 (t % 4) + c of row i.
 // clang-format off
-template <>
-__device__ __forceinline__ void wgmma_64x256x16<__nv_bfloat16>(float (&d)[128], uint64_t a, uint64_t b,
+template <bool kAcrossK>
+__device__ __forceinline__ void wgmma_64x256x16_bf16(float (&d)[128], uint64_t a, uint64_t b,
                                                           bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -196,7 +203,7 @@ __device__ __forceinline__ void wgmma_64x256x16<__nv_bfloat16>(float (&d)[128], 
       "%104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, "
       "%120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n}"
+      "%128, %129, p, 1, 1, 0, %131;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
         "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
         "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
@@ -219,11 +226,11 @@ __device__ __forceinline__ void wgmma_64x256x16<__nv_bfloat16>(float (&d)[128], 
         "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
         "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(int(accumulate)));
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kAcrossK)));
 }
 
-template <>
-__device__ __forceinline__ void wgmma_64x256x16<__half>(float (&d)[128], uint64_t a, uint64_t b,
+template <bool kAcrossK>
+__device__ __forceinline__ void wgmma_64x256x16_half(float (&d)[128], uint64_t a, uint64_t b,
                                                           bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -244,7 +251,7 @@ __device__ __forceinline__ void wgmma_64x256x16<__half>(float (&d)[128], uint64_
       "%104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, "
       "%120, %121, %122, %123, %124, %125, %126, %127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n}"
+      "%128, %129, p, 1, 1, 0, %131;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
         "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
         "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
@@ -267,8 +274,18 @@ __device__ __forceinline__ void wgmma_64x256x16<__half>(float (&d)[128], uint64_
         "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),
         "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(int(accumulate)));
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kAcrossK)));
 }
 // clang-format on
+
+template <typename T, bool kAcrossK>
+__device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], uint64_t a, uint64_t b,
+                                                bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    wgmma_64x256x16_half<kAcrossK>(d, a, b, accumulate);
+  } else {
+    wgmma_64x256x16_bf16<kAcrossK>(d, a, b, accumulate);
+  }
+}
 
 }  // namespace torchtune_fused

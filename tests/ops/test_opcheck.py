@@ -33,8 +33,22 @@ CALLS = {
         *("gelu_tanh", True),
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
-    "gated_linear": lambda: [*(randn(*s) for s in MLP[:3]), "silu", True],
-    "gated_linear inference": lambda: [*(randn(*s) for s in MLP[:3]), "gelu", False],
+    "gated_linear": lambda: [
+        *(randn(*s) for s in (*MLP[:3], (2, 5, 3), (7, 3), (7, 3))),
+        *("silu", True),
+    ],
+    "gated_linear inference": lambda: [
+        *(randn(*s) for s in MLP[:3]),
+        *(None, None, None, "gelu", False),
+    ],
+    "gated_linear_backward": lambda: [
+        *(randn(*s) for s in ((5, 8), (8, 7), (5, 7), (5, 7), (5, 3), (3, 7))),
+        *("silu", True),
+    ],
+    "gated_mlp_hidden_backward": lambda: [
+        *(randn(*s) for s in ((5, 8), (8, 7), (5, 7), (5, 7))),
+        *(None, None, "silu", False),
+    ],
     "gated_activation": lambda: [randn(5, 7), randn(5, 7), "relu"],
     "gated_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu", True],
     "gated_activation_backward hiddenless": lambda: [

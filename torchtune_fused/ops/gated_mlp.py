@@ -17,9 +17,8 @@ from torchtune_fused.ops._library import (
 from torchtune_fused.ops.gated_activation import (
     check_activation,
     gated_activation,
-    gated_activation_backward,
 )
-from torchtune_fused.ops.gated_linear import gated_linear, linear
+from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward, linear
 
 
 def gated_mlp(
@@ -110,8 +109,8 @@ def _autograd(ctx, grad):
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     need_x, need_w_gate, need_w_up, need_w_down, *need_bias = ctx.needs_input_grad[:7]
     grad, rows, gate, up = (t.reshape(-1, t.shape[-1]) for t in (grad, x, gate, up))
-    hidden, grad_gate, grad_up = gated_activation_backward(
-        grad @ w_down, gate, up, ctx.activation, need_hidden=need_w_down
+    hidden, grad_gate, grad_up = gated_linear_backward(
+        grad, w_down, gate, up, ctx.activation, need_hidden=need_w_down
     )
     grad_w_down = grad.t() @ hidden if need_w_down else None
     del hidden  # as large as gate: gone before grad_x comes

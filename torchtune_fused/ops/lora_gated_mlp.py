@@ -3,15 +3,16 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, call, check_floating, define_op, register_autograd
 from torchtune_fused.ops.gated_activation import (
     check_activation,
     gated_activation,
-    gated_activation_backward,
 )
-from torchtune_fused.ops.lora_linear import adapted, check_adapted
+from torchtune_fused.ops.gated_linear import add_product, gated_linear, gated_linear_backward
+from torchtune_fused.ops.lora_linear import check_adapted
 
 
 class AdaptedLinear(NamedTuple):
@@ -106,13 +107,19 @@ def _forward(
     scale,
     activation,
 ):
-    x, rank = x.contiguous(), a_gate.shape[0]
+    x = x.contiguous()
     low_in = (x @ torch.cat((a_gate, a_up)).t()).mul_(scale)
-    gate = adapted(x, w_gate, bias_gate, low_in[..., :rank], b_gate)
-    up = adapted(x, w_up, bias_up, low_in[..., rank:], b_up)
-    hidden = gated_activation(gate, up, activation)
+    # Side by side with zeros, both read the whole of low_in.
+    low_gate, low_up = F.pad(b_gate, (0, a_up.shape[0])), F.pad(b_up, (a_gate.shape[0], 0))
+    if bias_gate is None and bias_up is None:
+        hidden, gate, up = gated_linear(x, w_gate, w_up, activation, True, low_in, low_gate, low_up)
+    else:
+        gate = add_product(F.linear(x, w_gate, bias_gate), low_in, low_gate)
+        up = add_product(F.linear(x, w_up, bias_up), low_in, low_up)
+        hidden = gated_activation(gate, up, activation)
     low_down = (hidden @ a_down.t()).mul_(scale)
-    return adapted(hidden, w_down, bias_down, low_down, b_down), gate, up, low_in, low_down
+    out = add_product(F.linear(hidden, w_down, bias_down), low_down, b_down)
+    return out, gate, up, low_in, low_down
 
 
 @torch.library.register_fake("torchtune_fused::lora_gated_mlp", lib=LIBRARY)
@@ -143,12 +150,9 @@ def _autograd(ctx, grad):
     rank = a_gate.shape[0]
 
     grad_low_down = (grad @ b_down).mul_(ctx.scale)
-    hidden, grad_gate, grad_up = gated_activation_backward(
-        (grad @ w_down).addmm_(grad_low_down, a_down),
-        gate,
-        up,
-        ctx.activation,
-        need_hidden=need_w_down or need_a_down,
+    need_hidden = need_w_down or need_a_down
+    hidden, grad_gate, grad_up = gated_linear_backward(
+        grad, w_down, gate, up, ctx.activation, need_hidden, grad_low_down, a_down
     )
     grad_w_down = grad.t() @ hidden if need_w_down else None
     grad_a_down = grad_low_down.t() @ hidden if need_a_down else None

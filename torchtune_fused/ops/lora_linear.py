@@ -15,6 +15,7 @@ from torchtune_fused.ops._library import (
     define_op,
     register_autograd,
 )
+from torchtune_fused.ops.gated_linear import add_product
 
 
 def lora_linear(
@@ -80,14 +81,7 @@ def check_adapted(
 )
 def _forward(x, adapter_input, weight, bias, a, b, scale):
     low = F.linear(x if adapter_input is None else adapter_input, a).mul_(scale)
-    return adapted(x, weight, bias, low, b), low
-
-
-def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor) -> Tensor:
-    """``x @ weightᵀ + bias + low @ bᵀ``, the second product summed into the first."""
-    out = F.linear(x.contiguous(), weight, bias)
-    out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), b.t())
-    return out
+    return add_product(F.linear(x.contiguous(), weight, bias), low, b), low
 
 
 @torch.library.register_fake("torchtune_fused::lora_linear", lib=LIBRARY)
