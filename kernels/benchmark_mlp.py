@@ -1,8 +1,9 @@
 """Times the gated MLP and LoRA layers on one GPU, beside torch.compile and Liger.
 
-    python -m torchtune_fused.kernels.benchmark_mlp [--cases activation 1B 8B lora]
+    python -m torchtune_fused.kernels.benchmark_mlp [--cases activation products 1B 8B lora]
 
-Elementwise kernels against the bandwidth of a copy; the MLPs of Llama-3.2-1B and Llama-3.1-8B on
+Elementwise kernels against the bandwidth of a copy; matrix products with the activation inside
+against cuBLAS and the elementwise kernels; the MLPs of Llama-3.2-1B and Llama-3.1-8B on
 8192 tokens, forward and backward, against torchtune's FeedForward under torch.compile and Liger's
 SwiGLU (where liger_kernel is installed); 8B's projections with LoRA of rank 16 on 4096 tokens. All
 in bf16 with random data. The contenders take turns of four calls, long enough to hide the launches;
@@ -71,6 +72,37 @@ def activation() -> None:
         for name, (tensors, _) in moved.items():
             speed = tensors * gate.nbytes / times[name] / 1e6
             report(f"{size} SiLU times up, 8192 tokens: {name}", times[name], f"{speed:.2f} TB/s")
+
+
+def products(size: str) -> None:
+    ops = torch.ops.torchtune_fused
+    dim, hidden = SIZES[size]
+    x, grad, gate, up = (normal(8192, n) for n in (dim, dim, hidden, hidden))
+    w_gate, w_up, w_down = (normal(*s) / 64 for s in ((hidden, dim),) * 2 + ((dim, hidden),))
+    apart = {
+        "gate, up and activation: cuBLAS and ours": lambda: gated_activation(
+            x @ w_gate.t(), x @ w_up.t(), "silu"
+        ),
+        "gradients of both: cuBLAS and ours": lambda: gated_activation_backward(
+            grad @ w_down, gate, up, "silu", need_hidden=True
+        ),
+    }
+    no_low = (None, None, None)
+    fused = {
+        "gate, up and activation: one kernel": lambda: ops.gated_linear(
+            x, w_gate, w_up, *no_low, "silu", False
+        ),
+        "the same, gate and up kept": lambda: ops.gated_linear(
+            x, w_gate, w_up, *no_low, "silu", True
+        ),
+        "gradients of both: one kernel": lambda: ops.gated_linear_backward(
+            grad, w_down, gate, up, None, None, "silu", True
+        ),
+    }
+    if not ops.gated_linear_takes(x, w_gate, w_up, None):
+        fused = {}  # the kernels are Hopper's
+    for name, time in microseconds(apart | fused).items():
+        report(f"{size} {name}", time, "")
 
 
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
@@ -173,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cases = {
         "activation": activation,
+        "products": lambda: [products(size) for size in SIZES],
         "1B": lambda: mlp("1B"),
         "8B": lambda: mlp("8B"),
         "lora": lora,

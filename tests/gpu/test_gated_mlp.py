@@ -78,7 +78,14 @@ def mlp_and_gradients(tensors, grad, activation, dtype):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(
     "rows, dim, hidden",
-    [((1,), 64, 128), ((2, 37), 72, 136), ((3, 431), 1024, 2304), ((2, 1024), 2048, 1000)],
+    # From 512 rows on, Hopper has a kernel for sizes that are multiples of 8.
+    [
+        ((1,), 64, 128),
+        ((2, 37), 72, 136),
+        ((2, 300), 100, 36),
+        ((3, 431), 1024, 2304),
+        ((2, 1024), 2048, 1000),
+    ],
 )
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_output_and_gradients(assert_as_exact, dtype, bias, rows, dim, hidden, activation):

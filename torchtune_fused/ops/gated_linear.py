@@ -38,10 +38,11 @@ def gated_linear(
         tuple[Tensor, Tensor, Tensor]: the product and the two projections, ``[..., n]``; without
         ``save``, the latter are empty.
     """
-    ops, arguments = torch.ops.torchtune_fused, (low, low_gate, low_up, activation, save)
-    if x.is_cuda and ops.gated_linear_takes(x, w_gate, w_up, low):
-        return ops.gated_linear(x, w_gate, w_up, *arguments)
-    return _reference(x, w_gate, w_up, *arguments)
+    if x.is_cuda:
+        ops = torch.ops.torchtune_fused
+        if ops.gated_linear_takes(x, w_gate, w_up, low):
+            return ops.gated_linear(x, w_gate, w_up, low, low_gate, low_up, activation, save)
+    return _reference(x, w_gate, w_up, low, low_gate, low_up, activation, save)
 
 
 def gated_linear_backward(

@@ -88,8 +88,9 @@ def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
     else:
         gate, up = linear(x, w_gate, b_gate), linear(x, w_up, b_up)
         hidden = gated_activation(gate, up, activation)
-    out = linear(hidden, w_down, b_down)
-    return (out, gate, up) if save else (out, x.new_empty(0), x.new_empty(0))
+        if not save:
+            gate, up = x.new_empty(0), x.new_empty(0)
+    return linear(hidden, w_down, b_down), gate, up
 
 
 @torch.library.register_fake("torchtune_fused::gated_mlp", lib=LIBRARY)
