@@ -17,10 +17,10 @@
 namespace torchtune_fused {
 
 struct GatedLinearBackwardMaps {
-  CUtensorMap grad, grad_low;                   // tiles of 128 rows
-  CUtensorMap down, low_down;                   // tiles of 64 rows
-  CUtensorMap gate, up;                         // likewise
-  CUtensorMap hidden, grad_gate, grad_up;       // likewise
+  CUtensorMap grad, grad_low;  // tiles of 128 rows
+  CUtensorMap down, low_down;  // tiles of 64 rows, as are all that follow
+  CUtensorMap gate, up;
+  CUtensorMap hidden, grad_gate, grad_up;
 };
 
 struct GatedLinearBackwardShape {

@@ -95,10 +95,6 @@ __device__ __forceinline__ void fence_shared_for_tma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void prefetch_tile_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // ---- Registers to shared memory -----------------------------------------------------------------
 
 // The reverse of load_matrix_x4.
