@@ -53,6 +53,11 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
                                                      const Tensor& up, std::string activation,
                                                      bool need_hidden);
 
+// loss/loss.cpp
+Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
+                      int64_t ignore_index, double softcap, double z_loss, bool backward);
+void scale_(Tensor x, const Tensor& factor);
+
 // sampling/sampling.cpp
 Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
@@ -65,6 +70,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
@@ -75,4 +81,5 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -34,12 +34,13 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     gated_linear_kernel(const __grid_constant__ GatedLinearMaps maps,
                         const GatedLinearShape shape) {
   extern __shared__ uint8_t raw[];
-  const uint32_t boxes = (shared_address(raw) + 1023) / 1024 * 1024;
-  Ring<kGatedStages> ring(boxes + 2 * 2 * kBoxBytes);
+  uint8_t* shared = align_1024(raw);
+  const uint32_t boxes = shared_address(shared);
+  Ring<kGatedStages> ring(shared + 2 * 2 * kBoxBytes);
   const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    ring.init();
-    barrier_init_fence();
+    ring.init_barriers();
+    fence_init();
   }
   cluster_sync();
 
@@ -49,7 +50,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   int row_pair, column;
 
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_up_registers<40>();
     if (threadIdx.x == 0) {
       const CUtensorMap* weight = rank == 0 ? &maps.gate_weight : &maps.up_weight;
       const CUtensorMap* low_weight = rank == 0 ? &maps.low_gate : &maps.low_up;
@@ -58,8 +59,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         for (int step = 0; step < steps; ++step, ring.advance()) {
           const bool wide = step < wide_steps;
           const int depth = (wide ? step : step - wide_steps) * kDepth;
-          barrier_wait(ring.empty(), ring.parity ^ 1);
-          barrier_arrive_expect_bytes(ring.full(), kStageBytes);
+          wait(ring.empty(), ring.parity ^ 1);
+          arrive_and_expect(ring.full(), kStageBytes);
           load_tile(ring.first(), wide ? &maps.x : &maps.low, ring.full(), depth,
                     (2 * row_pair + rank) * kRows);
           load_tile_multicast(ring.second() + rank * kSecondBytes / 2, wide ? weight : low_weight,
@@ -94,7 +95,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
           }
           store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
         }
-        fence_shared_for_tma();
+        fence_async();
         named_sync<128>(1 + half);
         if (elected) {
           store_tile(map, to, column * kGatedWidth + first,

@@ -32,21 +32,23 @@ struct GatedLinearBackwardShape {
 
 constexpr int kBackwardStages = 3, kBackwardBoxes = 2 * 2 + 1;
 constexpr int kBackwardSharedBytes =
-    1024 + Ring<kBackwardStages>::kBytes + 2 * kBackwardBoxes * kBoxBytes + 2 * 2 * 8;
+    1024 + Ring<kBackwardStages>::kBytes + 2 * kBackwardBoxes * kBoxBytes + 2 * 2 * sizeof(Barrier);
 
 template <typename T>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     gated_linear_backward_kernel(const __grid_constant__ GatedLinearBackwardMaps maps,
                                  const GatedLinearBackwardShape shape) {
   extern __shared__ uint8_t raw[];
-  const uint32_t boxes = (shared_address(raw) + 1023) / 1024 * 1024;
-  Ring<kBackwardStages> ring(boxes + 2 * kBackwardBoxes * kBoxBytes);
-  const uint32_t loaded = ring.stages + ring.kBytes;  // a barrier for each pair of boxes
+  uint8_t* shared = align_1024(raw);
+  const uint32_t boxes = shared_address(shared);
+  Ring<kBackwardStages> ring(shared + 2 * kBackwardBoxes * kBoxBytes);
+  // For each pair of boxes, that it is loaded.
+  Barrier* loaded = ring.empty_barriers + kBackwardStages;
   const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
-    ring.init();
-    for (int pair = 0; pair < 2 * 2; ++pair) barrier_init(loaded + 8 * pair, 1);
-    barrier_init_fence();
+    ring.init_barriers();
+    for (int pair = 0; pair < 2 * 2; ++pair) init(loaded[pair], 1);
+    fence_init();
   }
   cluster_sync();
 
@@ -56,15 +58,15 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   int row_pair, column;
 
   if (warpgroup == 0) {
-    give_registers<40>();
+    give_up_registers<40>();
     if (threadIdx.x == 0) {
       for (int tile = cluster; tile < order.size(); tile += clusters) {
         order.at(tile, row_pair, column);
         for (int step = 0; step < steps; ++step, ring.advance()) {
           const bool wide = step < wide_steps;
           const int depth = (wide ? step : step - wide_steps) * kDepth;
-          barrier_wait(ring.empty(), ring.parity ^ 1);
-          barrier_arrive_expect_bytes(ring.full(), kStageBytes);
+          wait(ring.empty(), ring.parity ^ 1);
+          arrive_and_expect(ring.full(), kStageBytes);
           load_tile(ring.first(), wide ? &maps.grad : &maps.grad_low, ring.full(), depth,
                     (2 * row_pair + rank) * kRows);
           for (int box = 2 * rank; box < 2 * rank + 2; ++box) {
@@ -80,15 +82,17 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for ldmatrix and stmatrix
     const bool elected = threadIdx.x % 128 == 0;
     const uint32_t pairs = boxes + half * kBackwardBoxes * kBoxBytes;
-    const uint32_t hidden = pairs + 4 * kBoxBytes, pair_loaded = loaded + 16 * half;
+    const uint32_t hidden = pairs + 4 * kBoxBytes;
+    Barrier* pair_loaded = loaded + 2 * half;
     float sum[128];
 
     for (int tile = cluster; tile < order.size(); tile += clusters) {
       order.at(tile, row_pair, column);
       const int row = (2 * row_pair + rank) * kRows + half * 64;
       const auto load = [&](int i) {
-        const uint32_t pair = pairs + i % 2 * 2 * kBoxBytes, barrier = pair_loaded + i % 2 * 8;
-        barrier_arrive_expect_bytes(barrier, 2 * kBoxBytes);
+        const uint32_t pair = pairs + i % 2 * 2 * kBoxBytes;
+        Barrier& barrier = pair_loaded[i % 2];
+        arrive_and_expect(barrier, 2 * kBoxBytes);
         load_tile(pair, &maps.gate, barrier, column * kWidth + 64 * i, row);
         load_tile(pair + kBoxBytes, &maps.up, barrier, column * kWidth + 64 * i, row);
       };
@@ -108,7 +112,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
             if (i < 3) load(i + 1);
           }
           named_sync<128>(1 + half);
-          barrier_wait(pair_loaded + i % 2 * 8, i / 2);
+          wait(pair_loaded[i % 2], i / 2);
 #pragma unroll
           for (int chunk = 0; chunk < 8; chunk += 2) {
             uint32_t g[4], u[4], h[4];
@@ -128,7 +132,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
             store_matrix_x4(in_box(up, box_row, chunk + lane / 16), u);
             store_matrix_x4(in_box(hidden, box_row, chunk + lane / 16), h);
           }
-          fence_shared_for_tma();
+          fence_async();
           named_sync<128>(1 + half);
           if (elected) {
             const int first = column * kWidth + 64 * i;

@@ -1,77 +1,41 @@
-// What a matrix product on Hopper is made of, each instruction under the name of what it does:
-// barriers that count bytes, tiles of matrices copied by TMA, clusters, products by warpgroups.
+// What the products of the gated MLP need of Hopper beyond common/tma.cuh and common/wgmma.cuh:
+// tiles of matrices, clusters of blocks, and products 256 columns wide.
 #pragma once
-
-#include <cuda.h>
 
 #include <cstdint>
 #include <type_traits>
 
-#include "common/ptx.cuh"
+#include "common/tma.cuh"
+#include "common/wgmma.cuh"
 
 namespace torchtune_fused {
 
-// ---- Barriers in shared memory ------------------------------------------------------------------
+// ---- Tiles of matrices, 64 columns wide -----------------------------------------------------------
+// In shared memory rows of 128 bytes, swizzled as in tma.cuh. By one thread.
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-// Makes initialised barriers known to the TMA unit and to the other blocks of the cluster.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Arrives at the barrier that lies at the same place in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
-// Waits until the phase of that parity has completed; a fresh barrier has completed parity 1.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// ---- Tiles of global tensors --------------------------------------------------------------------
-
-// To shared memory at the same place in every block of `blocks`, a bit mask; each block's barrier
-// at that place counts the bytes. Elements outside of the tensor arrive as zeros.
-__device__ __forceinline__ void load_tile_multicast(uint32_t shared, const CUtensorMap* map,
-                                                    uint32_t barrier, int column, int row,
-                                                    uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_tile(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
+// The bytes count towards the barrier; elements outside of the matrix arrive as zeros.
+__device__ __forceinline__ void load_tile(uint32_t shared, const CUtensorMap* map, Barrier& barrier,
                                           int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      "l"(map), "r"(shared_address(&barrier)), "r"(column), "r"(row)
       : "memory");
 }
 
-// To global memory; what lies outside of the tensor is left out.
+// To the same place in every block of `blocks`, a bit mask, where the barrier at the place of this
+// one counts the bytes.
+__device__ __forceinline__ void load_tile_multicast(uint32_t shared, const CUtensorMap* map,
+                                                    Barrier& barrier, int column, int row,
+                                                    uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "h"(blocks)
+      : "memory");
+}
+
+// To global memory; what lies outside of the matrix is left out.
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t shared, int column,
                                            int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
@@ -90,21 +54,7 @@ __device__ __forceinline__ void store_tiles_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Orders this thread's writes to shared memory before what TMA reads there.
-__device__ __forceinline__ void fence_shared_for_tma() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// ---- Registers to shared memory -----------------------------------------------------------------
-
-// The reverse of load_matrix_x4.
-__device__ __forceinline__ void store_matrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-// ---- Blocks and warpgroups ----------------------------------------------------------------------
+// ---- Blocks of a cluster, and warpgroups ----------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -116,14 +66,14 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+// Arrives at the barrier that lies at the same place in block `rank` of the cluster.
+__device__ __forceinline__ void arrive_at(Barrier& barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 template <int kThreads>
@@ -131,46 +81,12 @@ __device__ __forceinline__ void named_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// ---- Products of a warpgroup, 128 threads, with fp32 sums -----------------------------------------
+// ---- Products of a warpgroup, 256 columns wide ----------------------------------------------------
 
-// Tells wgmma where a tile of 16-bit elements lies: rows of 64, 128 bytes, in TMA's swizzle, eight
-// of them 1024 bytes; it starts at a multiple of 1024 bytes.
-__device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared, uint32_t piece_bytes) {
-  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
-  return (kSwizzle128 << 62) | (kEightRows << 32) | (uint64_t(piece_bytes >> 4) << 16) |
-         ((shared & 0x3FFFF) >> 4);
-}
-
-// Rows along the result's rows or columns, 64 along k: the next 16 of k are 32 bytes further.
-__device__ __forceinline__ uint64_t wgmma_operand_along_k(uint32_t shared, int k) {
-  return wgmma_operand(shared + 2 * k, 16);
-}
-
-// Rows along k, 64 along the result's columns and the next 64 a tile of 64 x 64 further.
-__device__ __forceinline__ uint64_t wgmma_operand_across_k(uint32_t shared, int k) {
-  return wgmma_operand(shared + 128 * k, 64 * 64 * 2);
-}
-
-// Before the first product of a batch, after registers of the sums were touched.
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// Waits until at most kPending batches are still under way.
+// Waits as wgmma_wait does, but leaves the sums of what is still under way alone.
 template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
+__device__ __forceinline__ void wgmma_wait_for_operands() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// After waiting: keeps the compiler from reading the sums any sooner.
-template <int kSize>
-__device__ __forceinline__ void wgmma_fence_sums(float (&d)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // d[64, 256] = a[64, 16] b, added to d if `accumulate`; b is [256, 16] along k, or [16, 256] across.

@@ -37,65 +37,70 @@ struct TileOrder {
   }
 };
 
-// kStages stages, each with a barrier that it is full, and one that all readers are through with it.
+// kStages stages, each with a barrier that it is full, and one that all readers are done with it.
 template <int kStages>
 struct Ring {
-  uint32_t stages, full_barriers, empty_barriers;
+  uint32_t stages;
+  Barrier *full_barriers, *empty_barriers;
   int stage = 0;
   uint32_t parity = 0;
 
-  static constexpr int kBytes = kStages * (kStageBytes + 16);
+  static constexpr int kBytes = kStages * (kStageBytes + 2 * sizeof(Barrier));
 
   // `shared` is at a multiple of 1024 bytes.
-  __device__ explicit Ring(uint32_t shared)
-      : stages(shared),
-        full_barriers(shared + kStages * kStageBytes),
-        empty_barriers(full_barriers + 8 * kStages) {}
+  __device__ explicit Ring(uint8_t* shared)
+      : stages(shared_address(shared)),
+        full_barriers(reinterpret_cast<Barrier*>(shared + kStages * kStageBytes)),
+        empty_barriers(full_barriers + kStages) {}
 
-  __device__ void init() const {  // by one thread
+  __device__ void init_barriers() const {  // by one thread
     for (int s = 0; s < kStages; ++s) {
-      barrier_init(full_barriers + 8 * s, 1);
-      barrier_init(empty_barriers + 8 * s, 2 * 8);  // the multiplying warps of both blocks
+      init(full_barriers[s], 1);
+      init(empty_barriers[s], 2 * 8);  // the multiplying warps of both blocks
     }
   }
   __device__ uint32_t first() const { return stages + stage * kStageBytes; }
   __device__ uint32_t second() const { return first() + kFirstBytes; }
-  __device__ uint32_t full() const { return full_barriers + 8 * stage; }
-  __device__ uint32_t empty() const { return empty_barriers + 8 * stage; }
+  __device__ Barrier& full() const { return full_barriers[stage]; }
+  __device__ Barrier& empty() const { return empty_barriers[stage]; }
   __device__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
+
+// Dynamic shared memory from the next multiple of 1024 bytes on.
+__device__ __forceinline__ uint8_t* align_1024(uint8_t* shared) {
+  return shared + (1024 - shared_address(shared) % 1024) % 1024;
+}
 
 // sum[64, 256] = the product of this warpgroup's rows, over the next `steps` stages.
 template <typename T, bool kAcrossK, int kStages>
 __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
                                          int half) {
   const uint32_t lane = threadIdx.x % 32;
-  uint32_t previous = 0;
+  Barrier* previous = nullptr;
   const auto release = [&] {
-    if (lane < 2) barrier_arrive_at(previous, lane);
+    if (lane < 2) arrive_at(*previous, lane);
   };
   for (int step = 0; step < steps; ++step, ring.advance()) {
     const uint32_t first = ring.first() + half * (kFirstBytes / 2), second = ring.second();
-    barrier_wait(ring.full(), ring.parity);
-    wgmma_fence();
+    wait(ring.full(), ring.parity);
+    wgmma_begin();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      wgmma_64x256x16<T, kAcrossK>(sum, wgmma_operand_along_k(first, k),
-                                   kAcrossK ? wgmma_operand_across_k(second, k)
-                                            : wgmma_operand_along_k(second, k),
-                                   step > 0 || k > 0);
+      wgmma_64x256x16<T, kAcrossK>(
+          sum, row_operand(first + 2 * k),
+          kAcrossK ? column_operand(second + 128 * k, kBoxBytes) : row_operand(second + 2 * k),
+          step > 0 || k > 0);
     }
     wgmma_commit();
     if (step > 0) {
-      wgmma_wait<1>();
+      wgmma_wait_for_operands<1>();
       release();
     }
-    previous = ring.empty();
+    previous = &ring.empty();
   }
-  wgmma_wait<0>();
-  wgmma_fence_sums(sum);
+  wgmma_wait<0>(sum);
   release();
 }
 

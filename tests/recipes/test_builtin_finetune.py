@@ -1,4 +1,4 @@
-"""torchtune's own full fine-tuning recipe, on the real SmolLM2 and real text, stock and fused."""
+"""torchtune's own fine-tuning recipes, on the real SmolLM2 and real text, stock and fused."""
 
 import importlib
 import inspect
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 STEPS = 6
-SMOLLM2 = """\
+CONFIG = """\
+output_dir: {output_dir}
+model:
+  _component_: {builder}
   vocab_size: 49152
   num_layers: 30
   num_heads: 9
@@ -23,11 +26,7 @@ SMOLLM2 = """\
   rope_base: 100000
   scale_factor: 1
   norm_eps: 1.0e-05
-"""
-CONFIG = """\
-output_dir: {output_dir}
-model:
-{model}
+{adapters}
 tokenizer:
   _component_: torchtune_fused.generation.tokenizer.HFTokenizer
   path: {checkpoint}
@@ -53,7 +52,10 @@ epochs: 1
 max_steps_per_epoch: {steps}
 optimizer:
   _component_: torch.optim.AdamW
-  lr: 2.0e-5
+  lr: {lr}
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 1
 loss:
   _component_: torchtune.modules.loss.CEWithChunkedOutputLoss
 gradient_accumulation_steps: 1
@@ -70,6 +72,13 @@ metric_logger:
   filename: losses.txt
 log_every_n_steps: 1
 log_peak_memory_stats: False
+"""
+ADAPTERS = """\
+  lora_attn_modules: [q_proj, v_proj, output_proj]
+  apply_lora_to_mlp: True
+  lora_rank: 8
+  lora_alpha: 16
+  lora_dropout: 0.0
 """
 
 
@@ -88,15 +97,13 @@ def docstrings(tmp_path_factory) -> Path:
     return path
 
 
-def losses(folder: Path, model: str, checkpoint: Path, data: Path) -> list[float]:
+def losses(recipe: str, folder: Path, overrides: tuple[str, ...] = (), **config) -> list[float]:
     folder.mkdir()
-    config = folder / "config.yaml"
-    config.write_text(
-        CONFIG.format(output_dir=folder, model=model, checkpoint=checkpoint, data=data, steps=STEPS)
-    )
+    file = folder / "config.yaml"
+    file.write_text(CONFIG.format(output_dir=folder, steps=STEPS, **config))
     tune = Path(sys.executable).with_name("tune")
     done = subprocess.run(
-        [tune, "run", "full_finetune_single_device", "--config", config],
+        [tune, "run", recipe, "--config", file, *overrides],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -106,15 +113,26 @@ def losses(folder: Path, model: str, checkpoint: Path, data: Path) -> list[float
     return [float(x) for x in re.findall(r"loss:([\d.]+)", (folder / "losses.txt").read_text())]
 
 
-def test_builtin_recipe_trains_the_same_on_fused_modules(smollm2, docstrings, tmp_path):
-    builder = "torchtune.models.llama3_2.llama3_2"
-    stock = losses(tmp_path / "stock", f"  _component_: {builder}\n{SMOLLM2}", smollm2, docstrings)
-    fused = losses(
-        tmp_path / "fused",
-        f"  _component_: torchtune_fused.fused_model\n  builder: {builder}\n{SMOLLM2}",
-        smollm2,
-        docstrings,
+@pytest.mark.parametrize(
+    ("recipe", "builder", "adapters", "lr"),
+    [
+        ("full_finetune_single_device", "llama3_2", "", 2e-5),
+        ("lora_finetune_single_device", "lora_llama3_2", ADAPTERS, 1e-3),
+    ],
+)
+def test_builtin_recipe_trains_the_same_with_two_lines_changed(
+    recipe, builder, adapters, lr, smollm2, docstrings, tmp_path
+):
+    builder = f"torchtune.models.llama3_2.{builder}"
+    config = {"builder": builder, "adapters": adapters, "lr": lr}
+    config |= {"checkpoint": smollm2, "data": docstrings}
+    fused_lines = (
+        "model=torchtune_fused.fused_model",
+        f"model.builder={builder}",
+        "loss=torchtune_fused.modules.CEWithChunkedOutputLoss",
     )
+    stock = losses(recipe, tmp_path / "stock", **config)
+    fused = losses(recipe, tmp_path / "fused", fused_lines, **config)
     assert len(stock) == len(fused) == STEPS
     assert stock[-1] < stock[0]
     # fp32 sums in another order, carried through six AdamW steps: AdamW divides by the root of a

@@ -11,6 +11,7 @@ from torchtune_fused.ops.decode_qkv import decode_qkv
 from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
+from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
 from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
 from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.rms_norm import rms_norm
@@ -28,6 +29,7 @@ __all__ = [
     "fused_mlp",
     "gated_mlp",
     "kv_cache_update",
+    "linear_cross_entropy",
     "lora_gated_mlp",
     "lora_linear",
     "rms_norm",
