@@ -55,6 +55,24 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
                   const Tensor& cache_pos);
 
+// mlp/mlp.cpp
+bool gated_linear_takes(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
+                        const std::optional<Tensor>& low);
+std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w_gate,
+                                                const Tensor& w_up,
+                                                const std::optional<Tensor>& low,
+                                                const std::optional<Tensor>& low_gate,
+                                                const std::optional<Tensor>& low_up,
+                                                std::string activation, bool save);
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
+    const Tensor& grad, const Tensor& w_down, const Tensor& gate, const Tensor& up,
+    const std::optional<Tensor>& grad_low, const std::optional<Tensor>& a_down,
+    std::string activation, bool need_hidden);
+Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation);
+std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& gate,
+                                                     const Tensor& up, std::string activation,
+                                                     bool need_hidden);
+
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
                       int64_t ignore_index, double softcap, double z_loss, bool backward);
@@ -97,6 +115,11 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("gated_linear_takes", TORCH_BOX(&gated_linear_takes));
+  m.impl("gated_linear", TORCH_BOX(&gated_linear));
+  m.impl("gated_linear_backward", TORCH_BOX(&gated_linear_backward));
+  m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));

@@ -63,14 +63,6 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
   return shape;
 }
 
-Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "relu") return Activation::kRelu;
-  raise("activation must be silu, gelu_tanh, gelu or relu, got ", name);
-}
-
 }  // namespace
 
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

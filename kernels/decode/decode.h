@@ -6,13 +6,12 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/cuda_utils.h"
 
 namespace torchtune_fused {
 
 constexpr int kMaxTokens = 16;
-
-enum class Activation { kSilu, kGeluTanh, kGelu, kRelu };
 
 // The activations of a weight-streaming linear: x, normalised first if norm_weight is given.
 struct TokensParams {

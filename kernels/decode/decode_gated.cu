@@ -1,19 +1,9 @@
 // activation(x gate^T) * (x up^T): a pair is one row of gate and the same row of up.
+#include "common/activation.cuh"
 #include "decode/stream_linear.cuh"
 
 namespace torchtune_fused {
 namespace {
-
-__device__ __forceinline__ float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kSilu: return x / (1.f + __expf(-x));
-    case Activation::kGeluTanh:
-      return 0.5f * x * (1.f + tanhf(0.7978845608f * fmaf(0.044715f * x * x, x, x)));
-    case Activation::kGelu: return 0.5f * x * (1.f + erff(0.7071067812f * x));
-    case Activation::kRelu: return x > 0.f || isnan(x) ? x : 0.f;
-  }
-  return x;
-}
 
 template <typename T>
 struct GatedJob {
@@ -38,8 +28,10 @@ struct GatedJob {
   }
 
   __device__ void store(int n, int token, float gate, float up, const Operands& bias) const {
-    static_cast<T*>(p.out)[token * p.n + n] =
-        T(activate(gate + bias.gate, p.activation) * (up + bias.up));
+    with_activation(p.activation, [&](auto activation) {
+      static_cast<T*>(p.out)[token * p.n + n] =
+          T(activate<activation.value>(gate + bias.gate) * (up + bias.up));
+    });
   }
 };
 

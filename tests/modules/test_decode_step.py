@@ -114,7 +114,7 @@ def test_an_obstacle_is_named():
     no_cache = llama3_2(**SIZES)
     patch_model(no_cache)
 
-    assert DecodeStep.obstacle(lora) == "layers.0.attn.q_proj is a LoRALinear or carries hooks"
+    assert DecodeStep.obstacle(lora) == "layers.0.attn.q_proj is a FusedLoRALinear or carries hooks"
     assert DecodeStep.obstacle(hooked) == "layers.1.mlp.w2 is a Linear or carries hooks"
     assert "torch.bfloat16, torch.float32" in DecodeStep.obstacle(mixed)
     assert "layers.0.attn is a MultiHeadAttention" in DecodeStep.obstacle(stock)

@@ -31,11 +31,17 @@ def pair(*args, **kwargs):
     return FusedFeedForward.from_stock(copy.deepcopy(stock)), stock
 
 
-def op_calls(module, x):
+def op_calls(module, x, op="gated_mlp"):
     """How often a call of the module runs the op."""
     with torch.profiler.profile() as profile:
         module(x)
-    return sum(e.count for e in profile.key_averages() if e.key == "torchtune_fused::gated_mlp")
+    return sum(e.count for e in profile.key_averages() if e.key == f"torchtune_fused::{op}")
+
+
+def lora(in_dim, out_dim, **kwargs):
+    linear = LoRALinear(in_dim, out_dim, rank=2, alpha=3, **kwargs)
+    nn.init.normal_(linear.lora_b.weight)
+    return linear
 
 
 @pytest.mark.parametrize(
@@ -51,15 +57,44 @@ def test_gated(activation, bias, assert_same):
     assert op_calls(fused, torch.randn(1, DIM)) == 1
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_adapters(bias, assert_same):
+    fused, stock = pair(linear=lora, use_bias=bias)
+    for shape in ((2, 7, DIM), (1, DIM), (DIM,)):
+        assert_same(fused, stock, [torch.randn(shape)])
+    assert op_calls(fused, torch.randn(1, DIM), "lora_gated_mlp") == 1
+
+
+@pytest.mark.parametrize("case", ["dropout", "scale", "plain gate", "plain up"])
+def test_adapters_that_are_not_one_op(case, assert_same):
+    fused, stock = pair(linear=lora, dropout=0.3 if case == "dropout" else 0.0)
+    for module in (fused, stock):
+        if case == "scale":
+            module.w3.alpha = 5
+        elif case != "dropout":
+            name = "w1" if case == "plain gate" else "w3"
+            setattr(module, name, nn.Linear(DIM, HIDDEN))
+            nn.init.ones_(module.get_submodule(name).weight)
+            nn.init.zeros_(module.get_submodule(name).bias)
+    assert_same(fused, stock, [torch.randn(2, 7, DIM)])
+    assert op_calls(fused, torch.randn(1, DIM), "lora_gated_mlp") == 0
+
+
+def test_disabled_adapters_do_nothing():
+    fused, stock = pair(linear=lora)
+    fused.w3.disabled = stock.w3.disabled = True
+    x = torch.randn(5, DIM)
+    torch.testing.assert_close(fused(x), stock(x))
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
         {"gated": False},
         {"activation": nn.Tanh()},
-        {"linear": lambda i, o: LoRALinear(i, o, rank=2, alpha=4)},
         {"linear": dora},
     ],
-    ids=["not gated", "tanh", "lora", "dora"],
+    ids=["not gated", "tanh", "dora"],
 )
 def test_what_the_op_cannot_do_runs_as_in_torchtune(kwargs, assert_same):
     fused, stock = pair(**kwargs)
@@ -138,8 +173,9 @@ def test_shares_everything_with_the_stock_module(assert_same):
         FusedFeedForward.from_stock(nn.Linear(2, 2))
 
 
-def test_compiles_without_graph_breaks(assert_same):
-    fused, _ = pair(bias=True)
+@pytest.mark.parametrize("linear", [nn.Linear, lora])
+def test_compiles_without_graph_breaks(linear):
+    fused, _ = pair(linear=linear)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 7, DIM, requires_grad=True)
     torch.testing.assert_close(compiled(x), fused(x))

@@ -55,7 +55,41 @@ CALLS = {
         *("gelu_tanh", True),
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
-    "gated_mlp_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu"],
+    "gated_linear": lambda: [
+        *(randn(*s) for s in (*MLP[:3], (2, 5, 3), (7, 3), (7, 3))),
+        *("silu", True),
+    ],
+    "gated_linear inference": lambda: [
+        *(randn(*s) for s in MLP[:3]),
+        *(None, None, None, "gelu", False),
+    ],
+    "gated_linear_backward": lambda: [
+        *(randn(*s) for s in ((5, 8), (8, 7), (5, 7), (5, 7), (5, 3), (3, 7))),
+        *("silu", True),
+    ],
+    "gated_mlp_hidden_backward": lambda: [
+        *(randn(*s) for s in ((5, 8), (8, 7), (5, 7), (5, 7))),
+        *(None, None, "silu", False),
+    ],
+    "gated_activation": lambda: [randn(5, 7), randn(5, 7), "relu"],
+    "gated_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu", True],
+    "gated_activation_backward hiddenless": lambda: [
+        *(randn(5, 7) for _ in range(3)),
+        *("silu", False),
+    ],
+    "lora_linear": lambda: [
+        *(randn(2, 5, 8, grad=True), None, randn(7, 8), None),
+        *(randn(3, 8, grad=True), randn(7, 3, grad=True), 0.5),
+    ],
+    "lora_linear dropout": lambda: [
+        *(randn(5, 8, grad=True), randn(5, 8, grad=True), randn(7, 8, grad=True)),
+        *(randn(7, grad=True), randn(3, 8, grad=True), randn(7, 3, grad=True), 0.5),
+    ],
+    "lora_gated_mlp": lambda: [
+        *(randn(*s, grad=True) for s in (*MLP, (7,), (7,), (8,))),
+        *(randn(*s, grad=True) for s in ((2, 8), (7, 2), (3, 8), (7, 3), (2, 7), (8, 2))),
+        *(0.5, "silu"),
+    ],
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
     ],

@@ -176,6 +176,15 @@ def test_saving_a_whole_module():
     assert type(loaded[0]) is RMSNorm
 
 
+def test_adapters_are_fused_and_what_is_not_is_reported(build):
+    report = patch_model(build("lora_llama3"))
+    assert report.swapped["layers.0.attn.q_proj"] == "FusedLoRALinear"
+    assert report.swapped["layers.1.mlp.w2"] == "FusedLoRALinear"
+    assert not report.declined
+    report = patch_model(build("dora_llama3"))
+    assert report.declined["layers.0.attn.q_proj"].startswith("DoRA")
+
+
 def test_lora_added_after_patching(llama):
     patch_model(llama)
     for layer in llama.layers:

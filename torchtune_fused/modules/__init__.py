@@ -3,6 +3,7 @@
 from torchtune_fused.modules.attention import FusedAttention
 from torchtune_fused.modules.decoder import FusedTransformerDecoder
 from torchtune_fused.modules.feed_forward import FusedFeedForward
+from torchtune_fused.modules.lora_linear import FusedLoRALinear
 from torchtune_fused.modules.loss import CEWithChunkedOutputLoss, LinearCrossEntropyLoss
 from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
 from torchtune_fused.modules.optimized_attention import OptimizedAttention
@@ -13,6 +14,7 @@ __all__ = [
     "FusedAttention",
     "FusedFeedForward",
     "FusedGemmaRMSNorm",
+    "FusedLoRALinear",
     "FusedRMSNorm",
     "FusedTransformerDecoder",
     "LinearCrossEntropyLoss",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torchtune.modules import FeedForward
+from torchtune.modules.peft import LoRALinear
 
 from torchtune_fused.modules._plain import (
     in_autocast,
@@ -11,7 +12,8 @@ from torchtune_fused.modules._plain import (
     plain_linear,
     share_state,
 )
-from torchtune_fused.ops import gated_mlp
+from torchtune_fused.modules.lora_linear import adapter_scale, plain_lora
+from torchtune_fused.ops import gated_mlp, lora_gated_mlp
 
 _ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu"}
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -36,11 +38,24 @@ def fuse(
     return gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation)
 
 
+def fuse_adapted(
+    x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str
+) -> Tensor | None:
+    """`lora_gated_mlp` of three LoRA layers, None if it wouldn't be the same as calling them."""
+    layers = plain_lora(gate), plain_lora(up), plain_lora(down)
+    if None in layers or not is_plain_tensor(x) or in_autocast(x):
+        return None
+    scales = {adapter_scale(module) for module in (gate, up, down)}
+    if len(scales) > 1:
+        return None
+    return lora_gated_mlp(x, *layers, scale=scales.pop(), activation=activation)
+
+
 class FusedFeedForward(FeedForward):
     """Drop-in for :class:`torchtune.modules.FeedForward`: same constructor, state dict and results.
 
-    Gated feed-forwards of three ``nn.Linear`` run as one op. Everything else, such as LoRA or
-    quantised projections, runs as in torchtune.
+    Gated feed-forwards of three ``nn.Linear``, or of three LoRA layers without active dropout, run
+    as one op. Everything else, such as quantised projections, runs as in torchtune.
     """
 
     compute_dtype: torch.dtype | None = None  # set by patch_model, where callers use another
@@ -66,5 +81,8 @@ class FusedFeedForward(FeedForward):
             # There the op is the calls that torchtune makes, and the way to it is longer.
             return super().forward(x)
         activation = activation_name(self.activation)
-        out = None if activation is None else fuse(x, self.w1, self.w3, self.w2, activation)
+        if activation is None:
+            return super().forward(x)
+        fused = fuse_adapted if isinstance(self.w1, LoRALinear) else fuse
+        out = fused(x, self.w1, self.w3, self.w2, activation)
         return super().forward(x) if out is None else out

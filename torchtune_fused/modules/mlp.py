@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from torchtune_fused.modules.feed_forward import fuse
-from torchtune_fused.ops.gated_mlp import ACTIVATIONS
+from torchtune_fused.ops.gated_activation import ACTIVATIONS
 
 
 class MultiLayerPerceptron(nn.Module):

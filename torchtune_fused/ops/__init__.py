@@ -13,11 +13,14 @@ from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
+from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
+from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
 __all__ = [
+    "AdaptedLinear",
     "MaskTiles",
     "attention",
     "attention_decode",
@@ -31,6 +34,8 @@ __all__ = [
     "gated_mlp",
     "kv_cache_update",
     "linear_cross_entropy",
+    "lora_gated_mlp",
+    "lora_linear",
     "mask_tiles",
     "qk_norm_rope",
     "rms_norm",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, check_shape, define_op
 from torchtune_fused.ops.decode_linear import check_tensors, normed
-from torchtune_fused.ops.gated_mlp import ACTIVATIONS
+from torchtune_fused.ops.gated_activation import ACTIVATIONS
 
 
 def decode_gated(

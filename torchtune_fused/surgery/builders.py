@@ -3,11 +3,13 @@
 from torch import nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, TransformerDecoder
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_fused.modules import (
     FusedAttention,
     FusedFeedForward,
     FusedGemmaRMSNorm,
+    FusedLoRALinear,
     FusedRMSNorm,
     FusedTransformerDecoder,
 )
@@ -29,6 +31,20 @@ def build_feed_forward(module: FeedForward) -> nn.Module | Decline:
     if activation_name(module.activation) is None:
         return Decline(f"its activation is {module.activation}, not a plain SiLU, GELU or ReLU")
     return FusedFeedForward.from_stock(module)
+
+
+@register_builder(LoRALinear)
+def build_lora_linear(module: LoRALinear) -> nn.Module | Decline:
+    """Linear layers with an adapter, wherever they stand."""
+    if module._quantize_base:
+        return Decline("its weight is quantised, and the fused adapter takes 16-bit weights")
+    return FusedLoRALinear.from_stock(module)
+
+
+@register_builder(DoRALinear)
+def build_dora_linear(module: DoRALinear) -> Decline:
+    """None: named in the report, so that nobody takes it for fused."""
+    return Decline("DoRA scales each row by a norm of the merged weight, which no kernel does yet")
 
 
 @register_builder(RMSNorm)

@@ -1,0 +1,45 @@
+#include "mlp/gated_linear_backward.cuh"
+
+#include "mlp/matrix_map.h"
+#include "mlp/mlp.h"
+
+namespace torchtune_fused {
+namespace {
+
+template <typename T>
+void launch(const GatedLinearBackwardParams& p, cudaStream_t stream) {
+  const bool low = p.grad_low != nullptr;
+  const auto of_hidden_size = [&](const void* data) {
+    return matrix_map(data, p.rows, p.n, 64, p.dtype);
+  };
+  const GatedLinearBackwardMaps maps = {
+      .grad = matrix_map(p.grad, p.rows, p.k, kRows, p.dtype),
+      .grad_low = matrix_map(low ? p.grad_low : p.grad, p.rows, low ? p.rank : p.k, kRows, p.dtype),
+      .down = matrix_map(p.down, p.k, p.n, 64, p.dtype),
+      .low_down = matrix_map(low ? p.low_down : p.down, low ? p.rank : p.k, p.n, 64, p.dtype),
+      .gate = of_hidden_size(p.gate),
+      .up = of_hidden_size(p.up),
+      .hidden = of_hidden_size(p.hidden ? p.hidden : p.grad_gate),
+      .grad_gate = of_hidden_size(p.grad_gate),
+      .grad_up = of_hidden_size(p.grad_up),
+  };
+  const auto kernel = gated_linear_backward_kernel<T>;
+  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kBackwardSharedBytes));
+  const unsigned blocks = device_properties().num_sms / 2 * 2;
+  kernel<<<blocks, kProductThreads, kBackwardSharedBytes, stream>>>(
+      maps, {p.rows, p.n, p.k, low ? p.rank : 0, p.activation, p.hidden != nullptr});
+  TTF_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+void launch_gated_linear_backward_sm90(const GatedLinearBackwardParams& p, cudaStream_t stream) {
+  if (p.dtype == DType::kFloat16) {
+    launch<__half>(p, stream);
+  } else {
+    launch<__nv_bfloat16>(p, stream);
+  }
+}
+
+}  // namespace torchtune_fused

@@ -1,0 +1,43 @@
+#include "mlp/gated_linear.cuh"
+
+#include "mlp/matrix_map.h"
+#include "mlp/mlp.h"
+
+namespace torchtune_fused {
+namespace {
+
+template <typename T>
+void launch(const GatedLinearParams& p, cudaStream_t stream) {
+  const GatedLinearMaps maps = {
+      .x = matrix_map(p.x, p.rows, p.k, kRows, p.dtype),
+      .gate_weight = matrix_map(p.gate_weight, p.n, p.k, kGatedWidth, p.dtype),
+      .up_weight = matrix_map(p.up_weight, p.n, p.k, kGatedWidth, p.dtype),
+      .low = matrix_map(p.low ? p.low : p.x, p.rows, p.low ? p.rank : p.k, kRows, p.dtype),
+      .low_gate = matrix_map(p.low ? p.low_gate : p.gate_weight, p.n, p.low ? p.rank : p.k,
+                             kGatedWidth, p.dtype),
+      .low_up = matrix_map(p.low ? p.low_up : p.up_weight, p.n, p.low ? p.rank : p.k, kGatedWidth,
+                           p.dtype),
+      .hidden = matrix_map(p.hidden, p.rows, p.n, 64, p.dtype),
+      .gate = matrix_map(p.gate ? p.gate : p.hidden, p.rows, p.n, 64, p.dtype),
+      .up = matrix_map(p.up ? p.up : p.hidden, p.rows, p.n, 64, p.dtype),
+  };
+  const auto kernel = gated_linear_kernel<T>;
+  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kGatedSharedBytes));
+  const unsigned blocks = device_properties().num_sms / 2 * 2;
+  kernel<<<blocks, kProductThreads, kGatedSharedBytes, stream>>>(
+      maps, {p.rows, p.n, p.k, p.low ? p.rank : 0, p.activation, p.gate != nullptr});
+  TTF_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace
+
+void launch_gated_linear_sm90(const GatedLinearParams& p, cudaStream_t stream) {
+  if (p.dtype == DType::kFloat16) {
+    launch<__half>(p, stream);
+  } else {
+    launch<__nv_bfloat16>(p, stream);
+  }
+}
+
+}  // namespace torchtune_fused

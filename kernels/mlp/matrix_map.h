@@ -1,0 +1,45 @@
+// Matrices as TMA sees them.
+#pragma once
+
+#include <cuda.h>  // types only: nothing links libcuda
+
+#include <cstdint>
+
+#include "common/cuda_utils.h"
+
+namespace torchtune_fused {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// By way of the runtime, so that the library needs no libcuda to be linked.
+inline Encode tensor_map_encoder() {
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    TTF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                    cudaEnableDefault, &found));
+    TTF_CHECK(found == cudaDriverEntryPointSuccess,
+              "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or later");
+    return reinterpret_cast<Encode>(function);
+  }();
+  return encode;
+}
+
+// A row-major matrix of 16-bit elements, in swizzled tiles of `tile_rows` rows and 64 columns.
+inline CUtensorMap matrix_map(const void* data, int rows, int columns, int tile_rows, DType dtype) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[1] = {2 * sizes[0]};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tile_rows)}, steps[2] = {1, 1};
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder()(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, const_cast<void*>(data), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
+            " for a matrix of ", rows, " rows and ", columns, " columns");
+  return map;
+}
+
+}  // namespace torchtune_fused

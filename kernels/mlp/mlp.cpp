@@ -1,0 +1,186 @@
+// The gated MLP: checks on the tensors, and the launches.
+#include "mlp/mlp.h"
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/launch.h"
+#include "common/torch_utils.h"
+
+namespace torchtune_fused {
+namespace {
+
+void check_same(const Tensor& t, const char* name, const Tensor& gate) {
+  check_device(t, name, gate);
+  check_dtype(t, name, gate.scalar_type());
+  check_contiguous(t, name);
+  TTF_CHECK(t.sizes().equals(gate.sizes()), name, " must have the shape of gate, ",
+            shape_string(gate), ", got ", shape_string(t));
+}
+
+bool rows_start_at_16_bytes(const Tensor& t) {
+  return t.is_contiguous() && t.size(t.dim() - 1) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// Below, most of the GPU would be idle: a cluster takes 256 rows at a time.
+constexpr int64_t kMinRowsOfGatedLinear = 512;
+
+#ifdef TTF_HAS_SM90
+// On the device of x, of its dtype and of the shape.
+void check_like(const Tensor& t, const char* name, const Tensor& x,
+                std::initializer_list<int64_t> shape) {
+  check_device(t, name, x);
+  check_dtype(t, name, x.scalar_type());
+  check_shape(t, name, shape);
+  check_contiguous(t, name);
+}
+#endif
+
+}  // namespace
+
+Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation) {
+  const DType dtype = floating_dtype(gate, "gate");
+  check_contiguous(gate, "gate");
+  check_same(up, "up", gate);
+  const LaunchContext context(gate);
+  Tensor hidden = torch::stable::empty_like(gate);
+  launch_gated_activation({.gate = gate.const_data_ptr(),
+                           .up = up.const_data_ptr(),
+                           .hidden = hidden.mutable_data_ptr(),
+                           .size = gate.numel(),
+                           .activation = activation_of(activation),
+                           .dtype = dtype},
+                          context.stream());
+  return hidden;
+}
+
+bool gated_linear_takes(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
+                        const std::optional<Tensor>& low) {
+  const LaunchContext context(x);
+  const ScalarType dtype = x.scalar_type();
+  return runs_sm90_code() && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) &&
+         x.numel() > 0 && x.numel() >= kMinRowsOfGatedLinear * x.size(x.dim() - 1) &&
+         w_gate.size(0) > 0 && w_gate.size(0) % 8 == 0 &&
+         rows_start_at_16_bytes(x) && rows_start_at_16_bytes(w_gate) &&
+         rows_start_at_16_bytes(w_up) && (!low || rows_start_at_16_bytes(*low));
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w_gate,
+                                                const Tensor& w_up,
+                                                const std::optional<Tensor>& low,
+                                                const std::optional<Tensor>& low_gate,
+                                                const std::optional<Tensor>& low_up,
+                                                std::string activation, bool save) {
+#ifdef TTF_HAS_SM90
+  const LaunchContext context(x);
+  TTF_CHECK(gated_linear_takes(x, w_gate, w_up, low), "gated_linear has no kernel for this case");
+  const int64_t n = w_gate.size(0), k = x.size(x.dim() - 1), rows = x.numel() / k;
+  check_like(w_gate, "w_gate", x, {n, k});
+  check_like(w_up, "w_up", x, {n, k});
+  GatedLinearParams p = {.x = x.const_data_ptr(),
+                         .gate_weight = w_gate.const_data_ptr(),
+                         .up_weight = w_up.const_data_ptr(),
+                         .rows = static_cast<int>(rows),
+                         .n = static_cast<int>(n),
+                         .k = static_cast<int>(k),
+                         .activation = activation_of(activation),
+                         .dtype = half_dtype(x, "x")};
+  if (low) {
+    TTF_CHECK(low_gate && low_up, "low must come with low_gate and low_up");
+    const int64_t rank = low->size(low->dim() - 1);
+    TTF_CHECK(low->numel() == rows * rank, "low must have the ", rows, " rows of x, got ",
+              shape_string(*low));
+    check_like(*low_gate, "low_gate", x, {n, rank});
+    check_like(*low_up, "low_up", x, {n, rank});
+    p.low = low->const_data_ptr();
+    p.low_gate = low_gate->const_data_ptr();
+    p.low_up = low_up->const_data_ptr();
+    p.rank = static_cast<int>(rank);
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  const std::vector<int64_t> saved = save ? shape : std::vector<int64_t>{0};
+  Tensor hidden = torch::stable::new_empty(x, shape);
+  Tensor gate = torch::stable::new_empty(x, saved), up = torch::stable::new_empty(x, saved);
+  p.hidden = hidden.mutable_data_ptr();
+  p.gate = save ? gate.mutable_data_ptr() : nullptr;
+  p.up = save ? up.mutable_data_ptr() : nullptr;
+  launch_gated_linear_sm90(p, context.stream());
+  return {hidden, gate, up};
+#else
+  raise("gated_linear has no kernel in this build, which is not for 9.0a");
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
+    const Tensor& grad, const Tensor& w_down, const Tensor& gate, const Tensor& up,
+    const std::optional<Tensor>& grad_low, const std::optional<Tensor>& a_down,
+    std::string activation, bool need_hidden) {
+#ifdef TTF_HAS_SM90
+  const LaunchContext context(gate);
+  TTF_CHECK(gated_linear_takes(gate, w_down, grad, grad_low),
+            "gated_linear_backward has no kernel for this case");
+  check_shape(gate, "gate", {-1, -1});
+  const int64_t rows = gate.size(0), n = gate.size(1), k = w_down.size(0);
+  check_same(up, "up", gate);
+  check_like(grad, "grad", gate, {rows, k});
+  check_like(w_down, "w_down", gate, {k, n});
+  GatedLinearBackwardParams p = {.grad = grad.const_data_ptr(),
+                                 .down = w_down.const_data_ptr(),
+                                 .gate = gate.const_data_ptr(),
+                                 .up = up.const_data_ptr(),
+                                 .rows = static_cast<int>(rows),
+                                 .n = static_cast<int>(n),
+                                 .k = static_cast<int>(k),
+                                 .activation = activation_of(activation),
+                                 .dtype = half_dtype(gate, "gate")};
+  if (grad_low) {
+    TTF_CHECK(a_down, "grad_low must come with a_down");
+    const int64_t rank = a_down->size(0);
+    check_like(*grad_low, "grad_low", gate, {rows, rank});
+    check_like(*a_down, "a_down", gate, {rank, n});
+    p.grad_low = grad_low->const_data_ptr();
+    p.low_down = a_down->const_data_ptr();
+    p.rank = static_cast<int>(rank);
+  }
+  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
+                              : torch::stable::new_empty(gate, {0});
+  Tensor grad_gate = torch::stable::empty_like(gate), grad_up = torch::stable::empty_like(gate);
+  p.hidden = need_hidden ? hidden.mutable_data_ptr() : nullptr;
+  p.grad_gate = grad_gate.mutable_data_ptr();
+  p.grad_up = grad_up.mutable_data_ptr();
+  launch_gated_linear_backward_sm90(p, context.stream());
+  return {hidden, grad_gate, grad_up};
+#else
+  raise("gated_linear_backward has no kernel in this build, which is not for 9.0a");
+#endif
+}
+
+std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& gate,
+                                                     const Tensor& up, std::string activation,
+                                                     bool need_hidden) {
+  const DType dtype = floating_dtype(gate, "gate");
+  check_contiguous(gate, "gate");
+  check_same(up, "up", gate);
+  check_same(grad, "grad", gate);
+  const LaunchContext context(gate);
+  Tensor grad_gate = torch::stable::empty_like(gate);
+  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
+                              : torch::stable::new_empty(gate, {0});
+  launch_gated_activation_backward({.grad = grad.const_data_ptr(),
+                                    .gate = gate.const_data_ptr(),
+                                    .up = up.const_data_ptr(),
+                                    .hidden = need_hidden ? hidden.mutable_data_ptr() : nullptr,
+                                    .grad_gate = grad_gate.mutable_data_ptr(),
+                                    .grad_up = grad.mutable_data_ptr(),
+                                    .size = gate.numel(),
+                                    .activation = activation_of(activation),
+                                    .dtype = dtype},
+                                   context.stream());
+  return {hidden, grad_gate};
+}
+
+}  // namespace torchtune_fused

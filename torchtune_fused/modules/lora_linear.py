@@ -1,0 +1,77 @@
+"""torchtune's LoRALinear on the fused op."""
+
+from torch import Tensor, nn
+from torchtune.modules.peft import LoRALinear
+
+from torchtune_fused.modules._plain import (
+    in_autocast,
+    is_plain,
+    is_plain_tensor,
+    plain_linear,
+    share_state,
+)
+from torchtune_fused.ops import AdaptedLinear, lora_linear
+
+
+class FusedLoRALinear(LoRALinear):
+    """Drop-in for :class:`torchtune.modules.peft.LoRALinear`: same constructor, state and results.
+
+    The adapter's product is summed into that of the frozen weight. Quantised weights, and adapters
+    with hooks or of other classes, run as in torchtune.
+    """
+
+    @classmethod
+    def from_stock(cls, module: LoRALinear) -> "FusedLoRALinear":
+        """The same layer, sharing all of its state with ``module``."""
+        return share_state(module, LoRALinear, cls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the linear layer and, unless ``disabled``, its adapter.
+
+        Args:
+            x (Tensor): input of shape ``[..., in_dim]``.
+
+        Returns:
+            Tensor: shape ``[..., out_dim]``.
+        """
+        layer = None if self.disabled else adapted_linear(self)
+        if layer is None or not is_plain_tensor(x) or in_autocast(x):
+            return super().forward(x)
+        seen = self.dropout(x) if _drops(self) else None
+        weight, a, b, bias = layer
+        return lora_linear(x, weight, a, b, bias, scale=adapter_scale(self), adapter_input=seen)
+
+
+def adapted_linear(module: LoRALinear) -> AdaptedLinear | None:
+    """The tensors of a LoRA layer, None if its parts have to be called or are quantised."""
+    a, b = plain_linear(module.lora_a), plain_linear(module.lora_b)
+    parameters = module.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if (
+        a is None
+        or b is None
+        or module._quantize_base
+        or weight is None
+        or not is_plain_tensor(weight)
+        or not (bias is None or is_plain_tensor(bias))
+        or not (is_plain(module.dropout, nn.Identity) or is_plain(module.dropout, nn.Dropout))
+    ):
+        return None
+    return AdaptedLinear(weight, a[0], b[0], bias)
+
+
+def plain_lora(module: nn.Module) -> AdaptedLinear | None:
+    """The tensors of a LoRA layer; None if using them is not the same as calling it."""
+    if not (is_plain(module, FusedLoRALinear) or is_plain(module, LoRALinear)):
+        return None
+    return None if module.disabled or _drops(module) else adapted_linear(module)
+
+
+def adapter_scale(module: LoRALinear) -> float:
+    """The factor of a layer's adapter."""
+    return module.alpha / module.rank
+
+
+def _drops(module: LoRALinear) -> bool:
+    dropout = module.dropout
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
