@@ -17,7 +17,7 @@ from torchtune_fused.surgery import patch_model
 from torchtune_fused.training.data import Batch, read_steps
 from torchtune_fused.training.optimizers import Optimizers
 from torchtune_fused.training.plan import STATE_FILE, Plan
-from torchtune_fused.training.throughput import Speedometer
+from torchtune_fused.training.speedometer import Speedometer
 
 _log = utils.get_logger("INFO")
 
@@ -45,7 +45,7 @@ class Trainer:
         self._plan = plan
         self._model = model.train()
         self._write = write
-        self._speed = Speedometer(plan.model, model, plan.processes)
+        self._speed = Speedometer(model, plan.processes)
         if cfg.patch:
             utils.log_rank_zero(_log, str(patch_model(model)))
         if cfg.compile:
@@ -111,7 +111,7 @@ class Trainer:
         labels = int(processes.sum(torch.tensor(sum(counts))))
         share = torch.zeros((), device=processes.device)
         for batch, count in zip(batches, counts, strict=True):
-            self._speed.count(batch["tokens"].shape)
+            self._speed.count(batch["tokens"])
             if count == 0:
                 # The mean over no label is NaN; one that counts for nothing takes their place.
                 batch["labels"][0, 0] = 0
