@@ -109,6 +109,10 @@ class Trainer:
         counts = [int((batch["labels"] != ignored).sum()) for batch in batches]
         # Known before the first backward pass, so that no gradient has to be scaled after the last.
         labels = int(processes.sum(torch.tensor(sum(counts))))
+        if labels == 0:
+            utils.log_rank_zero(
+                _log, "a step without labels: are prompts longer than tokenizer.max_seq_len?"
+            )
         share = torch.zeros((), device=processes.device)
         for batch, count in zip(batches, counts, strict=True):
             self._speed.count(batch["tokens"])
