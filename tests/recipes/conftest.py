@@ -1,7 +1,10 @@
 """Tiny models with a tokenizer of their own, small data, and a way to run a training recipe."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -100,18 +103,38 @@ def settings(tiny_models, data, tmp_path):
 
 @pytest.fixture
 def run_recipe(monkeypatch, capsys):
-    """Run a recipe in this process; returns its exit status."""
+    """Run a recipe in this process; returns its exit status, and what it wrote."""
 
-    def run(recipe, *overrides):
+    def run(recipe, *overrides, config=None):
         main = import_module(f"torchtune_fused.recipes.{recipe}").main
-        config = f"smollm2_135m/{recipe}"
-        monkeypatch.setattr("sys.argv", [f"{recipe}.py", "--config", config, *overrides])
+        config = config or f"smollm2_135m/{recipe}"
+        arguments = [f"{recipe}.py", "--config", str(config), *overrides]
+        monkeypatch.setattr("sys.argv", arguments)
         with pytest.raises(SystemExit) as exit:
             main()
-        capsys.readouterr()
-        return exit.value.code
+        return exit.value.code, capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def start_recipe(tmp_path):
+    """Start a recipe by `tune run`, in processes of its own."""
+
+    def start(recipe, *overrides, processes=1):
+        torchrun = ["--nproc_per_node", str(processes)] if processes > 1 else []
+        path = f"torchtune_fused/recipes/{recipe}.py"
+        tune = Path(sys.executable).with_name("tune")
+        return subprocess.Popen(
+            [tune, "run", *torchrun, path, "--config", f"smollm2_135m/{recipe}", *overrides],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return start
 
 
 @pytest.fixture

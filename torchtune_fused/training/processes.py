@@ -57,8 +57,6 @@ class Processes:
         part stays on the GPU. Source: PyTorch FSDP (Zhao et al., 2023,
         https://arxiv.org/abs/2304.11277).
         """
-        if self.count == 1:
-            return
         mesh = dist.init_device_mesh(self.device.type, (self.count,))
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)

@@ -52,7 +52,8 @@ class Trainer:
             training.compile_model(model, verbose=False)
         if cfg.enable_activation_checkpointing:
             training.set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
-        plan.processes.shard(model)
+        if plan.processes.count > 1:
+            plan.processes.shard(model)
         self._offloading = training.get_act_offloading_ctx_manager(
             model, cfg.enable_activation_offloading
         )
@@ -74,6 +75,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step; write checkpoints on the way and at the end."""
         cfg, plan, processes = self._cfg, self._plan, self._plan.processes
+        if plan.logger is not None:
+            plan.logger.log_config(cfg)
         first, last = plan.first_step, plan.schedule.steps
         steps = read_steps(
             plan.dataset,
@@ -102,6 +105,8 @@ class Trainer:
             if done == last or (cfg.save_every_n_steps and done % cfg.save_every_n_steps == 0):
                 self._save(done)
         bar.close()
+        if plan.logger is not None:
+            plan.logger.close()
 
     def _run_backward(self, batches: list[Batch]) -> Tensor:
         """Gradients of the mean loss over all labels of a step; returns this rank's share of it."""
