@@ -9,22 +9,22 @@ import os
 import tempfile
 from typing import Any
 
-from torchtune.datasets import PackedDataset, SFTDataset, alpaca_dataset
+from torchtune.datasets import PackedDataset, SFTDataset, instruct_dataset
 
 from torchtune_fused.cache import cache_dir
 
-MODULES = ("os.path", "textwrap", "statistics", "shutil", "bisect", "heapq", "glob")
+_MODULES = ("os.path", "shutil", "textwrap", "statistics", "heapq", "glob", "fnmatch")
 
 
 def docstring_dataset(tokenizer: Any, *, packed: bool = False) -> SFTDataset | PackedDataset:
     """A torchtune dataset of questions about functions of the standard library.
 
     Args:
-        tokenizer (Any): A torchtune tokenizer.
+        tokenizer (Any): A torchtune tokenizer with a chat template.
         packed (bool): Whether to fill rows of ``tokenizer.max_seq_len`` with several samples each.
 
     Returns:
-        SFTDataset | PackedDataset: the dataset; its answers are the functions' docstrings.
+        SFTDataset | PackedDataset: the dataset; its answers are how the docstrings begin.
     """
     path = cache_dir() / "docstrings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,19 +32,20 @@ def docstring_dataset(tokenizer: Any, *, packed: bool = False) -> SFTDataset | P
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(docstrings(), file)
     os.replace(file.name, path)
-    return alpaca_dataset(
+    return instruct_dataset(
         tokenizer, source="json", data_files=str(path), split="train", packed=packed
     )
 
 
 def docstrings() -> list[dict[str, str]]:
-    """Pairs of a question and an answer, in the form of the Alpaca dataset."""
+    """Pairs of a question (``input``) and the first paragraph of a docstring (``output``)."""
     pairs = []
-    for module in map(importlib.import_module, MODULES):
-        for name in sorted(getattr(module, "__all__", dir(module))):
-            function = getattr(module, name, None)
-            answer = inspect.getdoc(function) if inspect.isroutine(function) else None
-            if answer:
-                question = f"What does {module.__name__}.{name} do in Python?"
-                pairs.append({"instruction": question, "input": "", "output": answer})
+    for module_name in _MODULES:
+        module = importlib.import_module(module_name)
+        for name in sorted(module.__all__):
+            function = getattr(module, name)
+            if inspect.isroutine(function) and (text := inspect.getdoc(function)):
+                question = f"What does {module_name}.{name} do in Python?"
+                answer = " ".join(text.partition("\n\n")[0].split())
+                pairs.append({"input": question, "output": answer})
     return pairs

@@ -41,7 +41,8 @@ SIZES = {
 @pytest.fixture(scope="session")
 def pairs() -> list[dict[str, str]]:
     """Questions and answers: 40 short ones of the standard library's documentation."""
-    return sorted(docstrings(), key=lambda pair: len(pair["output"]))[:40]
+    pairs = sorted(docstrings(), key=lambda pair: len(pair["output"]))[:40]
+    return [{"instruction": pair["input"], "output": pair["output"]} for pair in pairs]
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +92,7 @@ def settings(tiny_models, data, tmp_path):
             "dataset.split": "train",
             "device": "cpu",
             "dtype": "fp32",
+            "epochs": 1,
             "optimizer.lr": "2e-3",
             "lr_scheduler.num_warmup_steps": 2,
             "output_dir": tmp_path / "out",

@@ -152,7 +152,7 @@ def test_losses_weights_and_logits_are_those_of_stock(
         # AdamW divides by the root of a second moment that can be near zero: there a rounding of
         # the gradient becomes a part of the learning rate (9e-6 was seen, a 200th of it).
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-4, msg=name)
-        assert (saved[name] - weight).norm() < 1e-5 * weight.norm(), name
+        assert (saved[name] - weight).norm() < 5e-5 * weight.norm(), name
     reread = transformers.LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         # Logits of up to 4 through two layers.
