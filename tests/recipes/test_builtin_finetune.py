@@ -145,8 +145,8 @@ LORA = {
     "lora_alpha": 8,
 }
 SCHEDULE = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
-# What torchtune's distributed recipes ask of a GPU whether there is one or not; nothing else of them
-# needs one.
+# What torchtune's distributed recipes ask of a GPU, whether there is one or not; nothing else of
+# them needs one.
 ON_CPUS = """\
 import runpy, sys
 from pathlib import Path
