@@ -60,7 +60,9 @@ class Trainer:
         self._loss = plan.loss
         if cfg.compile:
             self._loss = training.compile_loss(plan.loss, verbose=False)
-        if hasattr(plan.loss, "num_output_chunks"):
+        if hasattr(plan.loss, "set_model_output"):  # as in torchtune's main branch
+            plan.loss.set_model_output(model)
+        elif hasattr(plan.loss, "num_output_chunks"):
             model.set_num_output_chunks(plan.loss.num_output_chunks)
         self._optimizers = Optimizers(
             model,
