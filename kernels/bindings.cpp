@@ -35,6 +35,11 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
                   double head_eps, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
                   const Tensor& cache_pos);
 
+// loss/loss.cpp
+Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
+                      int64_t ignore_index, double softcap, double z_loss, bool backward);
+void scale_(Tensor x, const Tensor& factor);
+
 // sampling/sampling.cpp
 Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
@@ -47,9 +52,11 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("scale_", TORCH_BOX(&scale_));
 }

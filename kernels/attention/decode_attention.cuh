@@ -26,6 +26,7 @@ constexpr int kUnit = 16;        // keys in a unit
 constexpr int kMergeBatch = 4;   // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
+constexpr int kLeastUnits = 3;   // of a warp: merging splits costs more than reading so few
 
 // Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
 // before and after in the chain find the other half; before 9.0 it must do with the 99 KB of 8.6.
@@ -77,9 +78,10 @@ __device__ __forceinline__ UnitRange visible_units(const DecodeAttentionParams& 
   return {first / kUnit, (last + kUnit - 1) / kUnit};
 }
 
-// How many of the splits have work: each warp of a split gets at least one unit.
+// How many of the splits have work.
 __device__ __forceinline__ int active_splits(const DecodeAttentionParams& p, UnitRange units) {
-  return min(max((units.end - units.begin + kAttnWarps - 1) / kAttnWarps, 1), p.splits);
+  constexpr int kLeast = kAttnWarps * kLeastUnits;
+  return min(max((units.end - units.begin + kLeast - 1) / kLeast, 1), p.splits);
 }
 
 __device__ __forceinline__ UnitRange units_of_split(UnitRange units, unsigned split,

@@ -19,6 +19,11 @@ QKV = (2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)
 MLP = (2, 5, 8), (7, 8), (7, 8), (8, 7)
 CACHE = (3, 2, 11, 8)
 
+
+def head():
+    return randn(5, 4, grad=True), randn(7, 4, grad=True), torch.randint(7, (5,))
+
+
 CALLS = {
     "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6],
     "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5)],
@@ -34,6 +39,18 @@ CALLS = {
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
     "gated_mlp_activation_backward": lambda: [*(randn(5, 7) for _ in range(3)), "gelu"],
+    "cross_entropy_": lambda: [
+        *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
+    ],
+    "scale_": lambda: [randn(5, 8), randn()],
+    "linear_cross_entropy": lambda: [*head(), -100, 0.0, 0.1],
+    "linear_cross_entropy_backward": lambda: [
+        *(randn(5), *(t.detach() for t in head()), -100, 2.0, 0.0, True, True),
+    ],
+    "linear_cross_entropy_sum": lambda: [*head(), -100, 0.0, 0.0, True, True],
+    "linear_cross_entropy_sum frozen": lambda: [
+        *(randn(5, 4, grad=True), randn(7, 4), torch.randint(7, (5,)), -100, 0.0, 0.0, True, False),
+    ],
     "attention": lambda: [*(randn(*s, grad=True) for s in QKV), None, True, 0.3, None],
     "attention mask": lambda: [*(randn(*s, grad=True) for s in QKV), MASK, False, 0.3, 2],
     "attention_backward": lambda: [

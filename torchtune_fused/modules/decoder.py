@@ -1,10 +1,11 @@
-"""torchtune's TransformerDecoder with captured decoding steps."""
+"""torchtune's TransformerDecoder with captured decoding steps, and a head that a loss can take."""
 
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 
 from torchtune_fused.modules._plain import share_state
+from torchtune_fused.modules.loss import ChunkCount
 from torchtune_fused.modules.step_runner import StepRunner
 
 
@@ -26,7 +27,25 @@ class CapturedSteps(TransformerDecoder):
             self._runner.forget_length()
 
 
-class FusedTransformerDecoder(CapturedSteps):
+class HeadForLoss(TransformerDecoder):
+    """What a decoder needs to leave its head to the loss (``modules/loss.py``)."""
+
+    #: Whether ``forward`` ends with normalised hidden states ``[b, s, embed_dim]``, in the weights'
+    #: dtype, in place of logits.
+    skip_output_layer: bool = False
+
+    def set_num_output_chunks(self, num_output_chunks: int) -> None:
+        """As in torchtune; a loss that comes with the number may take the head over."""
+        super().set_num_output_chunks(int(num_output_chunks))
+        if isinstance(num_output_chunks, ChunkCount):
+            num_output_chunks.loss.set_model_output(self)
+
+    def unembed(self, h: Tensor) -> Tensor | list[Tensor]:
+        """The last norm and, unless ``skip_output_layer``, the head."""
+        return self.norm(h) if self.skip_output_layer else super().unembed(h)
+
+
+class FusedTransformerDecoder(HeadForLoss, CapturedSteps):
     """Drop-in for :class:`torchtune.modules.TransformerDecoder`: same state dict and results.
 
     On a GPU, with KV caches and without gradients, calls of up to 16 tokens run as one CUDA graph
@@ -57,8 +76,9 @@ class FusedTransformerDecoder(CapturedSteps):
             input_pos (Tensor | None): As there; required with KV caches.
 
         Returns:
-            Tensor | list[Tensor]: fp32 logits ``[b, s, vocab_size]``, or the list that
-            ``output_hidden_states`` or ``set_num_output_chunks`` ask for.
+            Tensor | list[Tensor]: fp32 logits ``[b, s, vocab_size]``, the list that
+            ``output_hidden_states`` or ``set_num_output_chunks`` ask for, or what
+            ``skip_output_layer`` does.
 
         Raises:
             ValueError: As there, or if the KV caches are full.

@@ -73,6 +73,7 @@ class StepRunner:
             and not torch.cuda.is_current_stream_capturing()
             and not decoder.output_hidden_states
             and not decoder.num_output_chunks
+            and not decoder.skip_output_layer
             and decoder.caches_are_enabled()
         )
 

@@ -11,6 +11,7 @@ from torchtune_fused.ops.decode_qkv import decode_qkv
 from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
+from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
@@ -25,6 +26,7 @@ __all__ = [
     "fused_mlp",
     "gated_mlp",
     "kv_cache_update",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
 ]

@@ -91,14 +91,14 @@ def call(name: str, *args):
     few tokens of a decoding step.
     """
     op, on_cpu = _ops[name]
-    if (
-        args[0].is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    ):
+    if args[0].is_cpu and not torch.is_grad_enabled() and not is_traced():
         return on_cpu(*args)
     return op(*args)
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a dispatch mode is watching what ops are called."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

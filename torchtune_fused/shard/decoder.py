@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchtune.modules import TiedLinear
 from torchtune.modules.attention_utils import _MaskType
 
-from torchtune_fused.modules.decoder import CapturedSteps
+from torchtune_fused.modules.decoder import CapturedSteps, HeadForLoss
 from torchtune_fused.shard.checks import (
     check_cache,
     check_mask,
@@ -55,7 +55,7 @@ class LayerRange(nn.ModuleList):
     append = insert = extend = pop = __delitem__ = __iadd__ = _refuse
 
 
-class ShardTransformerDecoder(CapturedSteps):
+class ShardTransformerDecoder(HeadForLoss, CapturedSteps):
     """A range of a decoder's layers, with the embedding on the first and the head on the last.
 
     The shard that is the whole model is a :class:`torchtune.modules.TransformerDecoder` in all

@@ -1,0 +1,134 @@
+// Hopper's copy engine (TMA) and the barriers in shared memory (mbarrier) that it reports to.
+#pragma once
+
+#include <cuda.h>  // types only: nothing here links libcuda
+
+#include <cstdint>
+
+#include "common/cuda_utils.h"
+#include "common/ptx.cuh"
+
+namespace torchtune_fused {
+
+// ---- Barriers -----------------------------------------------------------------------------------
+// A phase ends when all arrivals have come, and all bytes that were announced. `wait` returns when
+// the phase of this parity has ended; a fresh barrier is in phase 0, and the one before, of parity
+// 1, counts as ended.
+
+struct Barrier {
+  uint64_t state;
+};
+
+__device__ __forceinline__ void init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// After the last `init`, before the barriers are used.
+__device__ __forceinline__ void fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void arrive_and_expect(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(&barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// By whole warps: one instruction asks for all lanes, which thus stay together (.uni), and what
+// follows may use the registers of warps.
+__device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; "
+      "@!p bra.uni again; }" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- Copies of tiles of a tensor ----------------------------------------------------------------
+// A tile of [rows][columns] of a head lies in shared memory as [columns / 64][rows][64], each row
+// of 64 (128 bytes) swizzled: its 16-byte piece c is at c ^ (row % 8). Rows beyond the tensor read
+// as zeros and are not written.
+
+// Describes a tensor [batch][heads][rows][columns] of 16-bit elements, to be copied in tiles of
+// `tile_rows` whole rows.
+inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
+                            int rows, int columns, int tile_rows, DType dtype) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    TTF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                    cudaEnableDefault, &found));
+    TTF_CHECK(found == cudaDriverEntryPointSuccess,
+              "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or newer");
+    return reinterpret_cast<Encode>(function);
+  }();
+  constexpr int kPiece = 64;
+  const auto bytes = [](int size, int64_t elements) {
+    return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
+  };
+  const cuuint64_t sizes[5] = {kPiece, static_cast<cuuint64_t>(rows < 1 ? 1 : rows),
+                               static_cast<cuuint64_t>(columns / kPiece),
+                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t strides[4] = {bytes(rows, stride[2]), 2 * kPiece, bytes(heads, stride[1]),
+                                 bytes(batch, stride[0])};
+  const cuuint32_t box[5] = {kPiece, static_cast<cuuint32_t>(tile_rows),
+                             static_cast<cuuint32_t>(columns / kPiece), 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      5, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
+            " for a tensor [", batch, ", ", heads, ", ", rows, ", ", columns, "] with strides ",
+            stride[0], ", ", stride[1], ", ", stride[2]);
+  return map;
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// By one thread; the bytes count towards the barrier.
+__device__ __forceinline__ void load_tile(void* shared, const CUtensorMap& map, int batch, int head,
+                                          int row, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %2, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(0), "r"(row), "r"(head), "r"(batch), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+// By one thread, after `fence_async` in the threads that wrote the tile and a barrier among them.
+__device__ __forceinline__ void store_tile(const CUtensorMap& map, int batch, int head, int row,
+                                           const void* shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %1, %3, %4}], "
+      "[%5];" ::"l"(&map),
+      "r"(0), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until this thread's stores have read shared memory.
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Makes this thread's writes to shared memory visible to the copy engine and to wgmma.
+__device__ __forceinline__ void fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace torchtune_fused

@@ -1,0 +1,1 @@
+"""What the benchmark recipe measures: each section describes contests, one runner holds them."""
