@@ -115,6 +115,7 @@ def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name = key.removeprefix("~").partition(".")[0]
         if not key.startswith("--") and name not in defaults:
             raise ValueError(f"the config has no {name!r}; it has {', '.join(map(str, defaults))}")
+        taken_out.pop(key, None)  # of several values for a key, the last one counts
         if equals and value in ("null", "None"):
             taken_out[key] = None  # torchtune would empty no more than a component's name
         elif equals and _holds_text(defaults, key):
