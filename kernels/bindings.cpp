@@ -19,6 +19,26 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
                         const Tensor& length, const std::optional<Tensor>& mask, double scale,
                         std::optional<int64_t> window);
 
+// attention/flash_attention.cpp
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& mask,
+                                     const std::optional<Tensor>& mask_kinds,
+                                     const std::optional<Tensor>& documents, bool causal,
+                                     double scale, std::optional<int64_t> window,
+                                     std::optional<double> softcap);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_kinds,
+    const std::optional<Tensor>& documents, bool causal, double scale,
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic);
+Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                         const Tensor& length, const std::optional<Tensor>& mask,
+                         const std::optional<Tensor>& mask_kinds, double scale,
+                         std::optional<int64_t> window);
+
+// attention/mask_tiles.cpp
+std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask);
+
 // decode/decode.cpp
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual,
@@ -51,12 +71,16 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
+  m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -48,6 +48,18 @@ __device__ __forceinline__ float sum_of_squares(uint4 v) {
   return sum;
 }
 
+template <typename T>
+__device__ __forceinline__ float dot(uint4 a, uint4 b) {
+  const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = unpack<T>(left[i]), g = unpack<T>(right[i]);
+    sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
+  }
+  return sum;
+}
+
 // v * scale * weight, elementwise in fp32 and rounded once.
 template <typename T>
 __device__ __forceinline__ uint4 scale_by(uint4 v, float scale, uint4 weight) {

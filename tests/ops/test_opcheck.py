@@ -15,6 +15,9 @@ def randn(*shape, grad=False):
 
 
 MASK = torch.rand(2, 1, 5, 5) < 0.5
+ALONE = None, None, None
+TILES = torchtune_fused.ops.mask_tiles(MASK)
+DOCUMENTS = torchtune_fused.ops.document_bounds(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]]))
 QKV = (2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)
 MLP = (2, 5, 8), (7, 8), (7, 8), (8, 7)
 CACHE = (3, 2, 11, 8)
@@ -51,11 +54,18 @@ CALLS = {
     "linear_cross_entropy_sum frozen": lambda: [
         *(randn(5, 4, grad=True), randn(7, 4), torch.randint(7, (5,)), -100, 0.0, 0.0, True, False),
     ],
-    "attention": lambda: [*(randn(*s, grad=True) for s in QKV), None, True, 0.3, None],
-    "attention mask": lambda: [*(randn(*s, grad=True) for s in QKV), MASK, False, 0.3, 2],
+    "attention": lambda: [*(randn(*s, grad=True) for s in QKV), *ALONE, True, 0.3, None, None],
+    "attention mask": lambda: [
+        *(randn(*s, grad=True) for s in QKV),
+        *(MASK, None, None, False, 0.3, 2, 5.0),
+    ],
+    "attention tiles and documents": lambda: [
+        *(randn(*s, grad=True) for s in QKV),
+        *(TILES.bits, TILES.kinds, DOCUMENTS, True, 0.3, None, None),
+    ],
     "attention_backward": lambda: [
         *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
-        *(MASK, False, 0.3, None),
+        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True),
     ],
     "attention_decode": lambda: [
         *(randn(2, 6, 1, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
@@ -65,6 +75,11 @@ CALLS = {
         *(randn(2, 6, 3, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
         *(torch.rand(2, 1, 3, 11) < 0.5, 0.3, 4),
     ],
+    "attention_prefill": lambda: [
+        *(randn(2, 6, 3, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
+        *(None, None, 0.3, 4),
+    ],
+    "mask_tiles": lambda: [MASK],
     "kv_cache_update": lambda: [
         *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
         *(randn(2, 2, 3, 8), randn(2, 2, 3, 8)),

@@ -9,11 +9,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import KVCache, MultiHeadAttention
 
 from torchtune_fused.modules._plain import in_autocast, share_state
-from torchtune_fused.modules.block_mask import dense_mask
+from torchtune_fused.modules.block_mask import dense_mask, mask_arguments, tiles_of
 from torchtune_fused.modules.rope import rotation
 from torchtune_fused.ops import attention, attention_decode, kv_cache_update
-from torchtune_fused.ops.attention import visible
-from torchtune_fused.ops.attention_decode import visible_slots
+from torchtune_fused.ops.attention import has_kernel
+from torchtune_fused.ops.attention_decode import FEW_QUERIES, visible_slots
+from torchtune_fused.ops.attention_mask import visible
 
 
 class FusedAttention(MultiHeadAttention):
@@ -90,8 +91,8 @@ class FusedAttention(MultiHeadAttention):
         caching = cache is not None and self.cache_enabled
         causal = cache is None and mask is None and self.is_causal
         window = self.sliding_window if y is x else None
-        if not (isinstance(mask, BlockMask) and x.is_cuda and window is None):
-            mask = _dense(mask)
+        if isinstance(mask, BlockMask) and (caching or not x.is_cuda):
+            mask = dense_mask(mask)
 
         rotate = None if positions is None else rotation(positions)
         q = self._heads(self.q_proj(x), self.q_norm, rotate, input_pos)
@@ -151,6 +152,8 @@ class FusedAttention(MultiHeadAttention):
         k_cache, v_cache, cache_pos = cache.k_cache, cache.v_cache, cache.cache_pos
         kv_cache_update(k_cache, v_cache, cache_pos, k, v)
         length = cache_pos[:1]
+        if mask is not None and q.shape[2] > FEW_QUERIES and has_kernel(q):
+            mask = tiles_of(mask)
         return attention_decode(q, k_cache, v_cache, length, mask, window=self.sliding_window)
 
     def _mask_of_slots(self, cache: nn.Module, q: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -175,24 +178,22 @@ class FusedAttention(MultiHeadAttention):
         s, s_kv, dropout = q.shape[2], k.shape[2], self._dropout
         if causal and s != s_kv:
             # Here torchtune lets the first query, not the last, stand at its key.
-            mask, causal = q.new_ones(1, 1, s, s_kv, dtype=torch.bool).tril(), False
-        # On a GPU the op has no kernel yet, and PyTorch has: its flash attention.
-        if (mask is None or _is_bool(mask)) and not (dropout or in_autocast(q) or q.is_cuda):
-            return attention(q, k, v, mask, causal=causal, window=window)
+            mask, causal = q.new_ones(1, s, s_kv, dtype=torch.bool).tril(), False
+        if not (dropout or in_autocast(q)):
+            if mask is None or (_is_bool(mask) and not has_kernel(q)):
+                return attention(q, k, v, mask, causal=causal, window=window)
+            if (_is_bool(mask) or isinstance(mask, BlockMask)) and has_kernel(q):
+                return attention(q, k, v, **mask_arguments(mask), window=window)
 
         if window is not None and window < s_kv:
-            mask, causal = _restrict(mask, visible(s, s_kv, None, causal, window, q.device)), False
-        if mask is None and q.is_cuda:
-            return F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=True
-            )
-        # Only flash attention, which takes no mask, reads grouped heads as they are.
+            seen = visible(s, s_kv, None, causal, window, None, q.device)
+            mask, causal = _restrict(mask, seen), False
         groups = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if isinstance(mask, BlockMask):
             return self._attention_call(q, k, v, mask=mask, dropout_p=dropout, is_causal=False)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            q, k, v, attn_mask=_per_head(mask), dropout_p=dropout, is_causal=causal
         )
 
     @property
@@ -204,15 +205,14 @@ def _is_bool(mask: Tensor | BlockMask) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.bool
 
 
-def _dense(mask: Tensor | BlockMask | None) -> Tensor | None:
-    """A mask of any kind as ``[b or 1, h or 1, s, s_kv]``."""
-    if isinstance(mask, BlockMask):
-        return dense_mask(mask)
+def _per_head(mask: Tensor | None) -> Tensor | None:
+    """A mask with a dimension for the heads, ``[b or 1, h or 1, s, s_kv]``."""
     return mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
 
 
-def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
-    """A bool or additive mask, with all hidden that ``seen`` doesn't show."""
+def _restrict(mask: Tensor | BlockMask | None, seen: Tensor) -> Tensor:
+    """A mask of any kind, with all hidden that ``seen`` doesn't show."""
     if mask is None:
         return seen
+    mask = _per_head(dense_mask(mask) if isinstance(mask, BlockMask) else mask)
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)

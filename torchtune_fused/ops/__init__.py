@@ -5,6 +5,7 @@ Each has a reference in plain PyTorch, a fake for tracing and, where it makes se
 
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
+from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -16,17 +17,20 @@ from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
 __all__ = [
+    "MaskTiles",
     "attention",
     "attention_decode",
     "decode_gated",
     "decode_linear",
     "decode_qkv",
     "decode_sample",
+    "document_bounds",
     "fused_attention",
     "fused_mlp",
     "gated_mlp",
     "kv_cache_update",
     "linear_cross_entropy",
+    "mask_tiles",
     "rms_norm",
     "rope",
 ]
