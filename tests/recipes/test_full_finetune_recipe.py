@@ -177,6 +177,7 @@ def without_weights(tiny_models, tmp_path):
         ("epochs", "many", "epochs must be an integer >= 1, got 'many'"),
         ("max_steps_per_epoch", 1.5, "max_steps_per_epoch must be an integer >= 1 or null"),
         ("seed", -1, "seed must be an integer from 0"),
+        ("clip_grad_norm", "much", "clip_grad_norm must be a number above 0 or null, got 'much'"),
         ("optimizer_in_bwd", True, "which clip_grad_norm=1.0 needs"),
         ("enable_activation_offloading", True, "off a GPU"),
         ("learning_rate", 1, "the config has no 'learning_rate'"),

@@ -6,8 +6,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
 
 from torchtune_fused import patch_model
+from torchtune_fused.flops import training_flops
 from torchtune_fused.training.processes import Processes, start_processes
 
 
@@ -29,6 +32,10 @@ class SeenOps(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def clean(name):
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def test_fused_modules_run_fused_on_sharded_parameters(alone):
     torch.manual_seed(0)
     model = llama3_2(
@@ -42,8 +49,11 @@ def test_fused_modules_run_fused_on_sharded_parameters(alone):
     )
     whole = copy.deepcopy(model)
     patch_model(model)
+    set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
     alone.shard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    # MFU counts the same whether parameters are spread or not.
+    assert training_flops(model, 2, 9) == training_flops(whole, 2, 9)
     tokens = torch.randint(0, 50, (2, 9))
     with SeenOps() as seen:
         logits = model(tokens)
@@ -54,7 +64,7 @@ def test_fused_modules_run_fused_on_sharded_parameters(alone):
     upstream = torch.randn_like(logits)
     logits.backward(upstream)
     expected.backward(upstream)
-    gradients = alone.gather({name: p.grad for name, p in model.named_parameters()})
+    gradients = alone.gather({clean(name): p.grad for name, p in model.named_parameters()})
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
     gathered = alone.gather(model.state_dict())

@@ -137,6 +137,9 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
             raise ValueError(f"{key} must be an integer >= 1{null}, got {value!r}")
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {cfg.seed!r}")
+    norm = cfg.clip_grad_norm
+    if norm is not None and not (type(norm) in (int, float) and norm > 0):
+        raise ValueError(f"clip_grad_norm must be a number above 0 or null, got {norm!r}")
     if dtype == torch.float16:
         raise ValueError("dtype=fp16: gradients would underflow without scaling; use bf16 or fp32")
     if cfg.optimizer_in_bwd:

@@ -89,6 +89,7 @@ class Trainer:
             ignore_index=plan.loss.ignore_index,
         )
         batches = next(steps, None)
+        self._speed.restart()
         # None: no bar where the output is not a terminal.
         bar = tqdm(initial=first, total=last, disable=None if processes.is_first else True)
         for done in range(first + 1, last + 1):
