@@ -54,7 +54,7 @@ def data(pairs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(pairs, tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints that transformers wrote, with tied and untied heads, and their tokenizer."""
+    """Checkpoints that transformers wrote: heads tied or not, or biases; and their tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,11 +67,19 @@ def tiny_models(pairs, tmp_path_factory) -> dict[str, Path]:
     texts = [ALPACA_PROMPT, *(text for pair in pairs for text in pair.values())]
     tokenizer.train_from_iterator(texts, trainer)
     folders = {}
-    for name, tied in (("tied", True), ("untied", False)):
+    configs = {
+        "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+        "untied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
+        "biased": transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+    }
+    for name, config in configs.items():
         folder = folders[name] = tmp_path_factory.mktemp("models") / name
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases of 0 would be ones that may be left out
+                torch.nn.init.normal_(parameter, mean=parameter[0].item(), std=0.1)
+        model.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
         described = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
         (folder / "tokenizer_config.json").write_text(json.dumps(described))
