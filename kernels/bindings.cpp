@@ -65,7 +65,25 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
 
 // norm/norm.cpp
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
+                                    bool unit_offset);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                             const Tensor& weight, const Tensor& rstd,
+                                             bool unit_offset);
+
+// rope/rope.cpp
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
+            const std::optional<Tensor>& input_pos, bool interleaved, bool inverse);
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
+                                        const std::optional<Tensor>& q_norm,
+                                        const std::optional<Tensor>& k_norm, const Tensor& cos,
+                                        const Tensor& sin, const std::optional<Tensor>& input_pos,
+                                        double eps, bool interleaved, bool norm_before_rope,
+                                        bool inverse);
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
+    const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
+    const std::optional<Tensor>& input_pos, double eps, bool interleaved, bool norm_before_rope);
 
 }  // namespace torchtune_fused
 
@@ -82,5 +100,9 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -28,12 +28,26 @@ def head():
 
 
 CALLS = {
-    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6],
-    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5)],
+    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
+    "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
+    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), False],
     "rope": lambda: [randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4), None, True, False],
     "rope positions": lambda: [
         *(randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4)),
         *(torch.randint(9, (2, 5)), False, True),
+    ],
+    "qk_norm_rope": lambda: [
+        *(randn(2, 5, 3, 8, grad=True), randn(2, 5, 1, 8, grad=True), None, None),
+        *(randn(9, 4), randn(9, 4), None, 1e-6, True, False, False),
+    ],
+    "qk_norm_rope norms": lambda: [
+        *(randn(2, 5, 3, 8, grad=True), randn(2, 5, 1, 8, grad=True)),
+        *(randn(8, grad=True), randn(8, grad=True)),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), 1e-6, False, True, False),
+    ],
+    "qk_norm_rope_backward": lambda: [
+        *(randn(2, 5, 3, 8), randn(2, 5, 1, 8), randn(2, 5, 3, 8), randn(2, 5, 1, 8)),
+        *(randn(8), randn(8), randn(9, 4), randn(9, 4), None, 1e-6, True, False),
     ],
     "gated_mlp": lambda: [*(randn(*s, grad=True) for s in MLP), None, None, None, "silu", True],
     "gated_mlp bias": lambda: [

@@ -13,6 +13,7 @@ from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
+from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
@@ -31,6 +32,7 @@ __all__ = [
     "kv_cache_update",
     "linear_cross_entropy",
     "mask_tiles",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
 ]

@@ -61,7 +61,7 @@ def cudnn_is_faster(
                                        kernels/PERFORMANCE.md
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
-    deterministic           ours       cuDNN's sums dQ in any order
+    deterministic           ours       cuDNN doesn't promise the order of its sums
     a layout that is not    ours       PyTorch caches cuDNN's plans by the strides of q, k and v,
     [b, s, h, d]                       and would take one made for another layout of the output
     ======================  =========  ==========================================================
