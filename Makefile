@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint kernels clean
+.PHONY: help demo demo-train test lint kernels clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # A stamp per extra: installing is skipped while neither the requirements nor the pins changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -18,6 +18,18 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 demo: $(VENV)/.installed-demo  ## install, then let a real model answer a question
 	$(BIN)/python -m torchtune_fused.demo
 	$(BIN)/tune run torchtune_fused/recipes/generate.py --config configs/smollm2_135m/generate.yaml
+
+# A run that was stopped goes on where it was; delete the folder to train again.
+TRAINED  := /tmp/torchtune-fused/demo-train
+GENERATE := $(BIN)/tune run torchtune_fused/recipes/generate.py --config smollm2_135m/generate
+QUESTION := prompt="What does os.path.commonpath do in Python?" max_new_tokens=64
+
+demo-train: $(VENV)/.installed-demo  ## fine-tune that model on Python's documentation, and ask it before and after
+	$(BIN)/python -m torchtune_fused.demo
+	$(GENERATE) $(QUESTION)
+	$(BIN)/tune run torchtune_fused/recipes/full_finetune.py --config smollm2_135m/full_finetune \
+		max_steps_per_epoch=20 output_dir=$(TRAINED) resume=true
+	$(GENERATE) $(QUESTION) checkpoint=$(TRAINED)/step_60
 
 test: lint  ## install, lint, and run every test that needs no GPU
 	$(BIN)/python -m pytest

@@ -9,14 +9,11 @@ and with ``--nproc_per_node 2`` before the recipe for half of the model in each 
 
 import contextlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -26,6 +23,7 @@ from torchtune.data import Message
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.generation import Sampler, TextStream, stream
 from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_memory import peak_memory
 from torchtune_fused.recipe_model import device_and_dtype
 from torchtune_fused.shard.pipeline import Pipeline
 
@@ -167,21 +165,6 @@ def write_speed(
         f"decode: {decoded} tokens, {decode_speed:.1f} tokens/s | "
         f"peak memory: {peak_bytes / 2**30:.2f} GiB"
     )
-
-
-def peak_memory(device: torch.device, processes: int) -> int:
-    """Most bytes that a process has held: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # Linux counts in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if processes > 1:
-        largest = torch.tensor(peak)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        peak = int(largest)
-    return peak
 
 
 if __name__ == "__main__":

@@ -68,6 +68,17 @@ def test_text_stays_text(run):
     assert run("prompt=None")["prompt"] is None
 
 
+def test_null_empties_a_component_as_a_whole(run):
+    assert run("model=null")["model"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "last"), [(["null", "5"], 5), (["5", "null"], None), (["'a = b'", "5"], 5)]
+)
+def test_of_several_values_for_a_key_the_last_counts(run, values, last):
+    assert run(*(f"count={value}" for value in values))["count"] == last
+
+
 def test_other_overrides_are_those_of_torchtune(run):
     assert run("count=5")["count"] == 5
     assert run("prompts=[a, 'b = c']")["prompts"] == ["a", "b = c"]

@@ -34,7 +34,7 @@ def parse(recipe_main: Callable[[DictConfig], Any]) -> Callable[[], None]:
     - ``--config`` also takes the name of a config of this package, from any folder:
       ``smollm2_135m/generate`` or ``configs/smollm2_135m/generate.yaml``.
     - An override of a key that holds text in the config is taken as it stands, whatever YAML
-      would make of it: ``prompt="1 + 1 = ?"``. ``null`` still empties it.
+      would make of it: ``prompt="1 + 1 = ?"``. ``null`` still empties it, a component as well.
     - An override of a key that the config does not have is an error.
     - A wrong path or value ends the program with one line and exit status 1.
 
@@ -115,10 +115,12 @@ def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         name = key.removeprefix("~").partition(".")[0]
         if not key.startswith("--") and name not in defaults:
             raise ValueError(f"the config has no {name!r}; it has {', '.join(map(str, defaults))}")
-        if equals and _holds_text(defaults, key):
+        taken_out.pop(key, None)  # of several values for a key, the last one counts
+        if equals and value in ("null", "None"):
+            taken_out[key] = None  # torchtune would empty no more than a component's name
+        elif equals and _holds_text(defaults, key):
             # What looks like an interpolation is meant as text as well.
-            text = value.replace("${", "\\${")
-            taken_out[key] = None if value in ("null", "None") else text
+            taken_out[key] = value.replace("${", "\\${")
         elif "=" in value:
             taken_out[key] = OmegaConf.select(OmegaConf.from_dotlist([argument]), key)
         else:

@@ -45,8 +45,7 @@ def load_model(
         return ShardTransformerDecoder.from_pretrained(
             expand_path(cfg.checkpoint), dtype=dtype, device=device, patch=patch
         )
-    # On the command line, torchtune takes model=null for its component.
-    if cfg.model is None or cfg.model.get("_component_") is None:
+    if cfg.model is None:
         raise ValueError("checkpoint and model are both null: set one of them")
     torch.manual_seed(cfg.seed)
     with training.set_default_dtype(dtype), device:

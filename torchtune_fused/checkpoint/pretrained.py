@@ -56,8 +56,28 @@ def save_pretrained(model: ShardTransformerDecoder, folder: Path, max_shard_size
         raise ValueError("the model was not built from a config, so its family is not known")
     if model.shard.get_layer_count() != config.num_layers:
         raise ValueError(f"only a whole model can be saved, and this is {model.shard}")
+    write_pretrained(config, model.state_dict(), folder, max_shard_size)
+
+
+def write_pretrained(
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the weights of a whole model to a folder that transformers, and we, can load.
+
+    Args:
+        config (ModelConfig): The model; the tokenizer's files come from its folder.
+        weights (Mapping[str, torch.Tensor]): The decoder's state dict.
+        folder (Path): Where to; made if it is not there. Files are replaced only once all are
+            written.
+        max_shard_size (str): Largest size of one file of weights.
+
+    Raises:
+        ValueError: If there is a tensor that such a model has not.
+    """
     adapter = WeightAdapter.for_hf(config)
-    weights = model.state_dict()
     names = {name: adapter.their_name(name) for name in weights}
     for name, theirs in names.items():
         if theirs is None:

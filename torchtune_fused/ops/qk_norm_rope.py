@@ -165,7 +165,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_q, grad_k):
     ops = torch.ops.torchtune_fused
-    heads, angles = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each access
+    heads, angles = saved[:4], saved[4:]
     if heads[0] is None:
         # A rotation is orthogonal: its transpose is the rotation by the opposite angle.
         grads = ops.qk_norm_rope(grad_q, grad_k, None, None, *angles, *ctx.flags, not ctx.inverse)

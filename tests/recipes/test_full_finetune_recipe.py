@@ -1,0 +1,245 @@
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from omegaconf import OmegaConf
+
+RECIPE = "full_finetune"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob(f"*/{RECIPE}.yaml"))
+# What BLAS makes of another alignment of the same weights, or of another order of sums.
+SAME = 2e-6
+
+
+@pytest.fixture
+def train(run_recipe, settings, losses, tmp_path):
+    """Train a tiny model for eight steps in this process; returns the losses."""
+
+    def train(folder="out", **overrides):
+        values = {"max_steps_per_epoch": 8, "output_dir": tmp_path / folder, **overrides}
+        status, _ = run_recipe(RECIPE, *settings(**values))
+        assert status in (0, None)
+        return losses(tmp_path / folder)
+
+    return train
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    train, start_recipe, settings, losses, tmp_path
+):
+    whole = train("whole")
+    overrides = {"max_steps_per_epoch": 8, "output_dir": tmp_path / "out", "save_every_n_steps": 2}
+    run = start_recipe(RECIPE, *settings(**overrides))
+    while not (tmp_path / "out/.saving-step_4").exists() and run.poll() is None:
+        time.sleep(0.001)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    killed = losses(tmp_path / "out")
+    assert max(killed) >= 4
+    assert (tmp_path / "out/step_2").is_dir()
+    resumed = train(resume=True, save_every_n_steps=2)
+    assert resumed == pytest.approx(whole, rel=SAME)
+    assert sorted(path.name for path in tmp_path.glob("out/step_*")) == ["step_6", "step_8"]
+    assert not list(tmp_path.glob("out/.*"))
+    # There is nothing left to do, and that is no error.
+    assert train(resume=True, save_every_n_steps=2) == resumed
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_two_processes_train_like_one(train, start_recipe, settings, losses, packed, tmp_path):
+    overrides = {
+        "dataset.packed": packed,
+        "tokenizer.max_seq_len": 400 if packed else 192,
+        "epochs": 2,
+        "max_steps_per_epoch": 2,
+    }
+    one = train("one", batch_size=4, **overrides)
+    overrides |= {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "save_every_n_steps": 2,
+        "enable_activation_checkpointing": packed,
+    }
+    run = start_recipe(RECIPE, *settings(**overrides), processes=2)
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err[-2000:]
+    # The norm that gradients are clipped by is summed in another order: fp32 sums of 16,000
+    # squares.
+    assert losses(tmp_path / "out") == pytest.approx(one, rel=1e-5)
+    # One process goes on where two were.
+    shutil.rmtree(tmp_path / "out/step_4")
+    overrides |= {"batch_size": 2, "resume": True}
+    assert train(**overrides) == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"patch": False},
+        {"batch_size": 1, "gradient_accumulation_steps": 4},
+        {"enable_activation_checkpointing": True},
+        {"compile": True},
+        {"optimizer_in_bwd": True, "clip_grad_norm": None},
+        {"loss": "torch.nn.CrossEntropyLoss"},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_options_that_save_time_or_memory_leave_the_losses(train, overrides, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # all but the C++ compiler's minute
+    plain = {key: value for key, value in overrides.items() if key == "clip_grad_norm"}
+    assert train("with", **overrides) == pytest.approx(train("plain", **plain), rel=SAME)
+
+
+def test_a_row_of_which_all_labels_are_masked_changes_nothing(train):
+    """Too long a prompt leaves nothing of the answer; its mean loss alone would be 0/0."""
+    found = train(**{"tokenizer.max_seq_len": 60, "batch_size": 1})
+    assert 0.0 in found.values()
+    assert all(0 <= loss < 10 for loss in found.values())
+
+
+def test_the_last_checkpoint_is_what_generate_and_transformers_load(train, run_recipe, tmp_path):
+    train(lr_scheduler=None, keep_last_n_checkpoints=1, save_every_n_steps=3)
+    assert [path.name for path in tmp_path.glob("out/step_*")] == ["step_8"]
+    folder = tmp_path / "out/step_8"
+    status, out = run_recipe(
+        *("generate", f"checkpoint={folder}", "device=cpu", "max_new_tokens=8", "chat=false"),
+        "prompt=Return the",
+    )
+    assert status in (0, None)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer("Return the", return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0]
+    answer = tokenizer.decode(tokens[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert out.startswith(answer)
+
+
+def test_speed_memory_and_the_config_are_logged(train, tmp_path):
+    train(log_every_n_steps=4)
+    lines = (tmp_path / "out/metrics.txt").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["Step 4", "Step 8"]
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gib"):
+        assert all(f"{name}:" in line for line in lines)
+    assert all("mfu" not in line for line in lines)  # a CPU has no data sheet
+    saved = OmegaConf.load(tmp_path / "out/torchtune_config.yaml")
+    assert saved.log_every_n_steps == 4
+
+
+def test_several_datasets_follow_each_other(train, data, settings, tmp_path, run_recipe, losses):
+    config = OmegaConf.load(CONFIGS[0].parents[1] / f"smollm2_135m/{RECIPE}.yaml")
+    part = {"_component_": "torchtune.datasets.alpaca_dataset", "source": "json"}
+    part |= {"data_files": str(data), "split": "train"}
+    config.dataset = [part, part]
+    OmegaConf.save(config, tmp_path / "two.yaml")
+    overrides = [text for text in settings(batch_size=40) if not text.startswith("dataset")]
+    status, _ = run_recipe(RECIPE, *overrides, config=tmp_path / "two.yaml")
+    assert status in (0, None)
+    assert len(losses(tmp_path / "out")) == 2
+
+
+@pytest.fixture
+def without_weights(tiny_models, tmp_path):
+    """A folder that lacks nothing but the weights: whoever reads them fails."""
+    folder = Path(shutil.copytree(tiny_models["tied"], tmp_path / "without_weights"))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("checkpoint", "/nowhere", "/nowhere: no such folder"),
+        ("tokenizer.path", "/nowhere", "/nowhere: no such folder"),
+        ("tokenizer.max_seq_len", 513, "tokenizer.max_seq_len is 513, but the model's is 512"),
+        ("dataset.data_files", "/nowhere.json", "/nowhere.json"),
+        ("dataset.split", "best", "best"),
+        ("dataset.column_map", "{instruction: question}", "question"),
+        ("dataset.colour", "red", "colour"),
+        ("dataset", "torchtune.datasets.no_dataset", "Error loading 'torchtune.datasets.no_d"),
+        ("loss", "no.such.Loss", "Error loading 'no.such.Loss'"),
+        ("loss.num_chunks", 8, "loss: "),
+        ("optimizer", "torch.optim.NoOptimizer", "Error loading 'torch.optim.NoOptimizer'"),
+        ("optimizer", "torch.nn.Linear", "optimizer: "),
+        ("optimizer.learning_rate", 1e-3, "optimizer: AdamW.__init__() got an unexpected"),
+        ("optimizer.lr", -1, "Invalid learning rate: -1"),
+        ("lr_scheduler.warmup", 1, "lr_scheduler: "),
+        ("metric_logger", "no.such.Logger", "Error loading 'no.such.Logger'"),
+        ("dtype", "fp7", "fp7"),
+        ("dtype", "fp16", "dtype=fp16: gradients would underflow"),
+        ("device", "tpu", "device=tpu"),
+        ("batch_size", 0, "batch_size must be an integer >= 1, got 0"),
+        ("batch_size", 41, "the dataset has 40 rows, but one step takes 41"),
+        ("epochs", "many", "epochs must be an integer >= 1, got 'many'"),
+        ("max_steps_per_epoch", 1.5, "max_steps_per_epoch must be an integer >= 1 or null"),
+        ("seed", -1, "seed must be an integer from 0"),
+        ("clip_grad_norm", "much", "clip_grad_norm must be a number above 0 or null, got 'much'"),
+        ("optimizer_in_bwd", True, "which clip_grad_norm=1.0 needs"),
+        ("enable_activation_offloading", True, "off a GPU"),
+        ("learning_rate", 1, "the config has no 'learning_rate'"),
+    ],
+)
+def test_bad_configs_end_in_one_line_before_weights_are_read(
+    run_recipe, settings, without_weights, key, value, message, tmp_path
+):
+    status, _ = run_recipe(RECIPE, *settings(**{"checkpoint": without_weights, key: value}))
+    assert isinstance(status, str)
+    assert status.startswith("error: ")
+    assert message in status
+    assert "\n" not in status
+    assert not list(tmp_path.glob("out/step_*"))
+
+
+def test_a_model_and_a_tokenizer_that_do_not_fit_are_told_apart(
+    run_recipe, settings, without_weights
+):
+    config = json.loads((without_weights / "config.json").read_text()) | {"vocab_size": 100}
+    (without_weights / "config.json").write_text(json.dumps(config))
+    status, _ = run_recipe(RECIPE, *settings(checkpoint=without_weights))
+    assert "but the model knows 100" in status
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, "is a checkpoint of an earlier run: continue it by resume=true"),
+        ({"resume": True, "seed": 1}, "its seed was 0, and is 1 now"),
+        ({"resume": True, "batch_size": 2}, "its rows_per_step was 4, and is 2 now"),
+        ({"resume": True, "dtype": "bf16"}, "its dtype was torch.float32, and is torch.bfloat16"),
+    ],
+)
+def test_another_run_is_not_continued_by_mistake(train, run_recipe, settings, overrides, message):
+    train(max_steps_per_epoch=1)
+    status, _ = run_recipe(RECIPE, *settings(**{"max_steps_per_epoch": 1, **overrides}))
+    assert message in status
+    assert "\n" not in status
+
+
+def test_a_corrupt_state_is_named(train, run_recipe, settings, tmp_path):
+    train(max_steps_per_epoch=1)
+    state = tmp_path / "out/step_1/training_state.pt"
+    torch.save({"facts": RuntimeError}, state)  # of a class, which is not plain data
+    overrides = {"max_steps_per_epoch": 1, "resume": True}
+    status, _ = run_recipe(RECIPE, *settings(**overrides))
+    assert f"{state} is not the state of a run" in status
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.parent.name)
+def test_every_config_is_complete(run_recipe, settings, config, tmp_path):
+    """Each runs as it is, once its folder is filled and its data is there."""
+    overrides = {"max_steps_per_epoch": 1, "gradient_accumulation_steps": 1}
+    status, _ = run_recipe(RECIPE, *settings(**overrides), config=config)
+    assert status in (0, None)
+    assert (tmp_path / "out/step_1/model.safetensors").is_file()
+
+
+def test_help_explains_every_key(run_recipe):
+    config = OmegaConf.load(CONFIGS[0])
+    status, out = run_recipe(RECIPE, "--help")
+    assert status in (0, None)
+    for key in config:
+        assert key in out

@@ -1,0 +1,1 @@
+"""Fine-tuning: the parts that the recipes are wired from."""
