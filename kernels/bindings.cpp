@@ -19,6 +19,26 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
                         const Tensor& length, const std::optional<Tensor>& mask, double scale,
                         std::optional<int64_t> window);
 
+// attention/flash_attention.cpp
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& mask,
+                                     const std::optional<Tensor>& mask_kinds,
+                                     const std::optional<Tensor>& documents, bool causal,
+                                     double scale, std::optional<int64_t> window,
+                                     std::optional<double> softcap);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_kinds,
+    const std::optional<Tensor>& documents, bool causal, double scale,
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic);
+Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                         const Tensor& length, const std::optional<Tensor>& mask,
+                         const std::optional<Tensor>& mask_kinds, double scale,
+                         std::optional<int64_t> window);
+
+// attention/mask_tiles.cpp
+std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask);
+
 // decode/decode.cpp
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual,
@@ -63,13 +83,34 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
 
 // norm/norm.cpp
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
+                                    bool unit_offset);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                             const Tensor& weight, const Tensor& rstd,
+                                             bool unit_offset);
+
+// rope/rope.cpp
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
+            const std::optional<Tensor>& input_pos, bool interleaved, bool inverse);
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
+                                        const std::optional<Tensor>& q_norm,
+                                        const std::optional<Tensor>& k_norm, const Tensor& cos,
+                                        const Tensor& sin, const std::optional<Tensor>& input_pos,
+                                        double eps, bool interleaved, bool norm_before_rope,
+                                        bool inverse);
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
+    const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
+    const std::optional<Tensor>& input_pos, double eps, bool interleaved, bool norm_before_rope);
 
 }  // namespace torchtune_fused
 
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
+  m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
@@ -80,6 +121,11 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
   m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
+  m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -145,4 +145,32 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], uint32_t a0, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// ---- Sums in global memory ----------------------------------------------------------------------
+
+// Adds the d of an mma to 128 floats that hold all of the warp's, in an order that lets the lanes'
+// additions fill whole lines: 9.0 adds vectors.
+__device__ __forceinline__ void add_fragment(float* sums, int lane, const float (&d)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + lane * 4), "f"(d[0]),
+               "f"(d[1]), "f"(d[2]), "f"(d[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + i * 32 + lane), "f"(d[i]) : "memory");
+  }
+#endif
+}
+
+// The sums as add_fragment left them.
+__device__ __forceinline__ void read_fragment(float (&d)[4], const float* sums, int lane) {
+#if __CUDA_ARCH__ >= 900
+  const float4 v = reinterpret_cast<const float4*>(sums)[lane];
+  d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = sums[i * 32 + lane];
+#endif
+}
+
 }  // namespace torchtune_fused

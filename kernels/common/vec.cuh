@@ -1,4 +1,4 @@
-// Pairs of 16-bit floats packed in 32 bits, and 16-byte vectors of them.
+// Pairs of 16-bit floats packed in 32 bits, and 16-byte vectors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -48,6 +48,18 @@ __device__ __forceinline__ float sum_of_squares(uint4 v) {
   return sum;
 }
 
+template <typename T>
+__device__ __forceinline__ float dot(uint4 a, uint4 b) {
+  const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = unpack<T>(left[i]), g = unpack<T>(right[i]);
+    sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
+  }
+  return sum;
+}
+
 // v * scale * weight, elementwise in fp32 and rounded once.
 template <typename T>
 __device__ __forceinline__ uint4 scale_by(uint4 v, float scale, uint4 weight) {
@@ -62,6 +74,36 @@ __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
   return value;
+}
+
+// ---- 16 bytes of any of fp16, bf16 and fp32 -----------------------------------------------------
+
+template <typename T>
+constexpr int kVecSize = 16 / sizeof(T);
+
+template <typename T>
+__device__ __forceinline__ void unpack_vec(uint4 v, float (&f)[kVecSize<T>]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      f[i] = __uint_as_float(words[i]);
+    } else {
+      const float2 pair = unpack<T>(words[i]);
+      f[2 * i] = pair.x;
+      f[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack_vec(const float (&f)[kVecSize<T>]) {
+  if constexpr (sizeof(T) == 4) {
+    return {__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
+            __float_as_uint(f[3])};
+  } else {
+    return {pack<T>(f[0], f[1]), pack<T>(f[2], f[3]), pack<T>(f[4], f[5]), pack<T>(f[6], f[7])};
+  }
 }
 
 }  // namespace torchtune_fused

@@ -1,28 +1,43 @@
-// RMSNorm: checks on the tensors, and the launch.
+// RMSNorm: checks on the tensors, and the launches.
 #include "norm/norm.h"
 
 #include <tuple>
 #include <vector>
 
+#include "common/column_sum.h"
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const DType dtype = floating_dtype(x, "x");
-  const DType weight_dtype = floating_dtype(weight, "weight");
+namespace {
+
+ScalarType statistics_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The length of a row, once x and weight are known to fit.
+int64_t checked_dim(const Tensor& x, const Tensor& weight) {
   TTF_CHECK(x.dim() >= 1, "x must have at least one dimension, got a scalar");
   const int64_t dim = x.size(x.dim() - 1);
   check_device(weight, "weight", x);
   check_shape(weight, "weight", {dim});
+  return dim;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
+                                    bool unit_offset) {
+  const DType dtype = floating_dtype(x, "x");
+  const DType weight_dtype = floating_dtype(weight, "weight");
+  const int64_t dim = checked_dim(x, weight);
 
   const LaunchContext context(x);
   const Tensor dense_x = torch::stable::contiguous(x);
   const Tensor dense_weight = torch::stable::contiguous(weight);
   const std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end() - 1);
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor rstd = torch::stable::new_empty(
-      x, rows, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, rows, statistics_type(dtype));
   launch_rms_norm({.x = dense_x.const_data_ptr(),
                    .weight = dense_weight.const_data_ptr(),
                    .y = y.mutable_data_ptr(),
@@ -30,10 +45,57 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
                    .rows = rstd.numel(),
                    .dim = dim,
                    .eps = eps,
+                   .weight_offset = unit_offset ? 1.0 : 0.0,
                    .dtype = dtype,
                    .weight_dtype = weight_dtype},
                   context.stream());
   return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                             const Tensor& weight, const Tensor& rstd,
+                                             bool unit_offset) {
+  const DType dtype = floating_dtype(x, "x");
+  const DType weight_dtype = floating_dtype(weight, "weight");
+  const int64_t dim = checked_dim(x, weight);
+  check_device(grad, "grad", x);
+  check_device(rstd, "rstd", x);
+  check_dtype(grad, "grad", x.scalar_type());
+  check_dtype(rstd, "rstd", statistics_type(dtype));
+  check_contiguous(rstd, "rstd");
+  TTF_CHECK(grad.sizes() == x.sizes() && rstd.numel() * dim == x.numel(), "grad must have shape ",
+            shape_string(x), " as x, and rstd a number for each row, got ", shape_string(grad),
+            " and ", shape_string(rstd));
+
+  const LaunchContext context(x);
+  const Tensor dense_grad = torch::stable::contiguous(grad);
+  const Tensor dense_x = torch::stable::contiguous(x);
+  const Tensor dense_weight = torch::stable::contiguous(weight);
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  RmsNormBackwardParams params = {.grad = dense_grad.const_data_ptr(),
+                                  .x = dense_x.const_data_ptr(),
+                                  .weight = dense_weight.const_data_ptr(),
+                                  .rstd = rstd.const_data_ptr(),
+                                  .grad_x = grad_x.mutable_data_ptr(),
+                                  .partial = nullptr,
+                                  .rows = rstd.numel(),
+                                  .dim = dim,
+                                  .weight_offset = unit_offset ? 1.0 : 0.0,
+                                  .dtype = dtype,
+                                  .weight_dtype = weight_dtype};
+  const int blocks = rms_norm_backward_blocks(params);
+  Tensor partial = torch::stable::new_empty(rstd, {blocks, dim});
+  params.partial = partial.mutable_data_ptr();
+  launch_rms_norm_backward(params, blocks, context.stream());
+  launch_column_sum({.partial = params.partial,
+                     .out = grad_weight.mutable_data_ptr(),
+                     .rows = blocks,
+                     .columns = dim,
+                     .dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
+                     .out_dtype = weight_dtype},
+                    context.stream());
+  return {grad_x, grad_weight};
 }
 
 }  // namespace torchtune_fused

@@ -1,32 +1,23 @@
+#include "common/types.cuh"
+#include "norm/layout.cuh"
 #include "norm/rms_norm.cuh"
 
 namespace torchtune_fused {
-namespace {
-
-// Calls f with a value of the C++ type that stands for `dtype`.
-template <typename F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-  }
-}
-
-}  // namespace
 
 void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   if (params.rows == 0) return;  // an empty grid is an error
-  const unsigned blocks = static_cast<unsigned>(params.rows);
+  const RowLayout layout =
+      row_layout(params.dim, params.dtype, {params.x, params.y, params.weight});
   with_type(params.dtype, [&](auto x) {
-    with_type(params.weight_dtype, [&](auto weight) {
-      rms_norm_kernel<decltype(x), decltype(weight)><<<blocks, kThreads, 0, stream>>>(params);
-    });
+    using T = decltype(x);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (layout.threads_per_row > 0) {
+        const unsigned blocks = layout.blocks(params.rows);
+        rms_norm_kernel<T><<<blocks, layout.block, 0, stream>>>(params, layout.threads_per_row);
+        return;
+      }
+    }
+    rms_norm_any_kernel<T><<<static_cast<unsigned>(params.rows), kAnyBlock, 0, stream>>>(params);
   });
   TTF_CUDA_CHECK(cudaGetLastError());
 }

@@ -1,5 +1,4 @@
 import copy
-import gc
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torchtune.modules import KVCache, MultiHeadAttention, RMSNorm, RotaryPositi
 from torchtune.modules.peft import LoRALinear
 
 from torchtune_fused.modules import FusedAttention, FusedRMSNorm
-from torchtune_fused.modules.block_mask import _dense, dense_mask
 
 DIM, HEADS, KV_HEADS, HEAD_DIM, S, MAX_LEN = 48, 6, 2, 8, 11, 32
 
@@ -128,17 +126,6 @@ def test_block_mask(assert_same):
         lambda m, x: m(x, x, mask=block_mask),
         lambda m, x: m(x, x, mask=dense),
     )
-
-
-def test_layers_share_the_dense_form_of_a_block_mask():
-    block_mask, dense = documents(2, S)
-    shared = dense_mask(block_mask)
-    assert torch.equal(shared, dense.unsqueeze(1))
-    assert dense_mask(block_mask) is shared
-    before = len(_dense)
-    del block_mask
-    gc.collect()
-    assert len(_dense) == before - 1
 
 
 def test_not_causal(assert_same):
@@ -450,7 +437,14 @@ def test_autocast(assert_same):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"mask": bool_mask()}, {"input_pos": torch.arange(S)}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({}, {"mask": bool_mask()}, {"input_pos": torch.arange(S)}),
+        {"mask": documents(2, S)[0]},
+    ],
+    ids=["", "mask", "input_pos", "BlockMask"],
+)
 def test_compiles_without_graph_breaks(kwargs):
     fused, _ = pair(norms=True)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")

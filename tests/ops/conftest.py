@@ -61,11 +61,18 @@ def exact_attention():
             seen = seen & (query - key < window)
         return seen
 
-    def attention(q, k, v, mask=None, causal=False, scale=None, window=None):
+    def attention(
+        q, k, v, mask=None, causal=False, scale=None, window=None, documents=None, softcap=None
+    ):
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         seen = visible(q.shape[2], k.shape[2], mask, causal, window)
+        if documents is not None:
+            first = documents[0].unsqueeze(1)
+            seen = seen & (first.unsqueeze(-1) == first.unsqueeze(-2))
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         probs = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
         return probs * seen.any(-1, keepdim=True) @ v
 

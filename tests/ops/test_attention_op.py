@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtune_fused.ops import attention, fused_attention
+from torchtune_fused.ops import attention, document_bounds, fused_attention, mask_tiles
 from torchtune_fused.ops.attention import closed_form, closed_form_backward
 
 
@@ -11,30 +11,37 @@ class ClosedForm(torch.autograd.Function):
     """The reference of devices without a kernel, differentiable on the CPU too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, *options):
-        out, lse = closed_form(q, k, v, mask, *options)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
+    def forward(ctx, q, k, v, mask, documents, *options):
+        out, lse = closed_form(q, k, v, mask, None, documents, *options)
+        ctx.save_for_backward(q, k, v, out, lse, mask, None, documents)
         ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return *closed_form_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 4
+        grads = closed_form_backward(grad, *ctx.saved_tensors, *ctx.options, False)
+        return *grads, *[None] * (2 + len(ctx.options))
 
 
-def reference(q, k, v, mask=None, causal=False, scale=None, window=None):
+def reference(
+    q, k, v, mask=None, causal=False, scale=None, window=None, documents=None, softcap=None
+):
     mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ClosedForm.apply(q, k, v, mask, causal, scale, window)
+    return ClosedForm.apply(q, k, v, mask, documents, causal, scale, window, softcap)
 
 
-def op(q, k, v, mask=None, causal=False, scale=None, window=None):
-    return attention(q, k, v, mask, causal=causal, scale=scale, window=window)
+def op(q, k, v, mask=None, **options):
+    return attention(q, k, v, mask, **options)
 
 
 def qkv(b=2, h=4, h_kv=2, s=7, s_kv=None, d=16, dtype=torch.float32):
     s_kv = s_kv or s
     return [torch.randn(b, n, t, d, dtype=dtype) for n, t in ((h, s), (h_kv, s_kv), (h_kv, s_kv))]
+
+
+def documents(b, s, count=3):
+    return document_bounds(torch.randint(0, count, (b, s)).sort().values)
 
 
 implementations = pytest.mark.parametrize("run", [op, reference], ids=["cpu", "reference"])
@@ -64,7 +71,9 @@ def test_output_and_gradients(run, dtype, shape, exact_attention, obeys_the_rule
     ]
     if s == s_kv:
         cases += [{"causal": True}, {"causal": True, "window": 5}]
-        cases += [{"causal": True, "mask": torch.rand(1, s, s) < 0.5}]
+        cases += [{"causal": True, "mask": torch.rand(1, s, s) < 0.5, "softcap": 2.0}]
+        cases += [{"causal": True, "documents": documents(b, s), "scale": 0.3}]
+        cases += [{"documents": documents(b, s), "window": 4, "softcap": 0.7}]
     for case in cases:
         obeys_the_rule(
             run_with_grads(lambda *t, case=case: run(*t, **case), tensors, grad),
@@ -113,7 +122,10 @@ def test_random_masks(data, exact_attention):
     visible = data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
     mask = torch.rand(*mask_shape, s, s_kv) < visible
     tensors = [t.double() for t in qkv(b, h_kv * groups, h_kv, s, s_kv, d)]
-    options = {"mask": mask, "causal": causal, "window": window}
+    softcap = data.draw(st.none() | st.floats(0.1, 10.0))
+    options = {"mask": mask, "causal": causal, "window": window, "softcap": softcap}
+    if s == s_kv and data.draw(st.booleans()):
+        options["documents"] = documents(b, s, count=integers(1, 5))
     grad = torch.randn(b, h_kv * groups, s, d, dtype=torch.float64)
     results = []
     for run in (exact_attention, op, reference):
@@ -127,7 +139,7 @@ def test_random_masks(data, exact_attention):
 
 
 @implementations
-@pytest.mark.parametrize("case", [{"causal": True}, {"window": 2}], ids=str)
+@pytest.mark.parametrize("case", [{"causal": True}, {"window": 2}, {"softcap": 0.5}], ids=str)
 def test_gradcheck(run, case):
     tensors = [t.double().requires_grad_() for t in qkv(1, 4, 2, 3, 3, 2)]
     assert torch.autograd.gradcheck(lambda *t: run(*t, **case), tensors)
@@ -164,12 +176,25 @@ def test_large_scores_do_not_overflow(run):
     torch.testing.assert_close(out, v.repeat_interleave(2, 1).gather(2, best))
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_tiles_are_as_good_as_the_mask(softcap, run_with_grads):
+    tensors, grad = qkv(s=70, s_kv=131), torch.randn(2, 4, 70, 16)
+    for mask in (torch.rand(2, 70, 131) < 0.3, torch.rand(1, 4, 70, 131) < 0.3):
+        results = [
+            run_with_grads(lambda *t, m=m: attention(*t, m, softcap=softcap), tensors, grad)
+            for m in (mask, mask_tiles(mask))
+        ]
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_fused_attention_is_attention_to_everything(exact_attention):
     q, k, v = qkv(h_kv=4)
     torch.testing.assert_close(fused_attention(q, k, v, 0.5), exact_attention(q, k, v, scale=0.5))
 
 
 Q, K, V = qkv()
+BOUNDS = documents(2, 7)
+TILES = mask_tiles(torch.ones(2, 7, 7, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +211,12 @@ Q, K, V = qkv()
         ((Q, K[:, :, :0], V[:, :, :0]), {}, ValueError, "at least one token"),
         ((Q[:, :, :3], K, V), {"causal": True}, ValueError, "as many queries as keys, got 3 and 7"),
         ((Q, K, V), {"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ((Q, K, V), {"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
+        ((Q[:, :, :3], K, V), {"documents": BOUNDS}, ValueError, "documents need as many queries"),
+        ((Q, K, V), {"documents": BOUNDS.long()}, TypeError, "documents must be int32"),
+        ((Q, K, V), {"documents": BOUNDS[:, :1]}, ValueError, r"must have shape \[2, 2, 7\]"),
+        ((Q, K, V, TILES._replace(bits=TILES.bits[:, :, 1:])), {}, ValueError, "the bits of mask"),
+        ((Q, K, V, TILES._replace(kinds=TILES.kinds[..., :0])), {}, ValueError, "the kinds of"),
         ((Q, K, V, torch.zeros(2, 7, 7)), {}, TypeError, "mask must be bool"),
         ((Q, K, V, torch.zeros(7, 7).bool()), {}, ValueError, r"mask must have shape \[2 or 1, 7"),
         ((Q, K, V, torch.zeros(3, 7, 7).bool()), {}, ValueError, r"got \[3, 7, 7\]"),

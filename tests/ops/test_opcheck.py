@@ -15,6 +15,9 @@ def randn(*shape, grad=False):
 
 
 MASK = torch.rand(2, 1, 5, 5) < 0.5
+ALONE = None, None, None
+TILES = torchtune_fused.ops.mask_tiles(MASK)
+DOCUMENTS = torchtune_fused.ops.document_bounds(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]]))
 QKV = (2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)
 MLP = (2, 5, 8), (7, 8), (7, 8), (8, 7)
 CACHE = (3, 2, 11, 8)
@@ -25,12 +28,26 @@ def head():
 
 
 CALLS = {
-    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6],
-    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5)],
+    "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
+    "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
+    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), False],
     "rope": lambda: [randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4), None, True, False],
     "rope positions": lambda: [
         *(randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4)),
         *(torch.randint(9, (2, 5)), False, True),
+    ],
+    "qk_norm_rope": lambda: [
+        *(randn(2, 5, 3, 8, grad=True), randn(2, 5, 1, 8, grad=True), None, None),
+        *(randn(9, 4), randn(9, 4), None, 1e-6, True, False, False),
+    ],
+    "qk_norm_rope norms": lambda: [
+        *(randn(2, 5, 3, 8, grad=True), randn(2, 5, 1, 8, grad=True)),
+        *(randn(8, grad=True), randn(8, grad=True)),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), 1e-6, False, True, False),
+    ],
+    "qk_norm_rope_backward": lambda: [
+        *(randn(2, 5, 3, 8), randn(2, 5, 1, 8), randn(2, 5, 3, 8), randn(2, 5, 1, 8)),
+        *(randn(8), randn(8), randn(9, 4), randn(9, 4), None, 1e-6, True, False),
     ],
     "gated_mlp": lambda: [*(randn(*s, grad=True) for s in MLP), None, None, None, "silu", True],
     "gated_mlp bias": lambda: [
@@ -85,11 +102,18 @@ CALLS = {
     "linear_cross_entropy_sum frozen": lambda: [
         *(randn(5, 4, grad=True), randn(7, 4), torch.randint(7, (5,)), -100, 0.0, 0.0, True, False),
     ],
-    "attention": lambda: [*(randn(*s, grad=True) for s in QKV), None, True, 0.3, None],
-    "attention mask": lambda: [*(randn(*s, grad=True) for s in QKV), MASK, False, 0.3, 2],
+    "attention": lambda: [*(randn(*s, grad=True) for s in QKV), *ALONE, True, 0.3, None, None],
+    "attention mask": lambda: [
+        *(randn(*s, grad=True) for s in QKV),
+        *(MASK, None, None, False, 0.3, 2, 5.0),
+    ],
+    "attention tiles and documents": lambda: [
+        *(randn(*s, grad=True) for s in QKV),
+        *(TILES.bits, TILES.kinds, DOCUMENTS, True, 0.3, None, None),
+    ],
     "attention_backward": lambda: [
         *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
-        *(MASK, False, 0.3, None),
+        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True),
     ],
     "attention_decode": lambda: [
         *(randn(2, 6, 1, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
@@ -99,6 +123,11 @@ CALLS = {
         *(randn(2, 6, 3, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
         *(torch.rand(2, 1, 3, 11) < 0.5, 0.3, 4),
     ],
+    "attention_prefill": lambda: [
+        *(randn(2, 6, 3, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),
+        *(None, None, 0.3, 4),
+    ],
+    "mask_tiles": lambda: [MASK],
     "kv_cache_update": lambda: [
         *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
         *(randn(2, 2, 3, 8), randn(2, 2, 3, 8)),

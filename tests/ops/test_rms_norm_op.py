@@ -27,6 +27,19 @@ def test_output_and_gradients(dtype, shape, obeys_the_rule, run_with_grads):
     )
 
 
+def test_the_scale_of_gemma_is_one_more_than_its_weight(run_with_grads):
+    tensors, grad = (torch.randn(5, 16), torch.randn(16)), torch.randn(5, 16)
+    results = [
+        run_with_grads(function, tensors, grad)
+        for function in (
+            lambda x, w: rms_norm(x, w, EPS, unit_offset=True),
+            lambda x, w: plain(x, 1 + w),
+        )
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_single_channel_is_its_sign():
     x, weight = torch.tensor([[-3.0], [0.5]]), torch.tensor([2.0])
     torch.testing.assert_close(rms_norm(x, weight, 0.0), torch.tensor([[-2.0], [2.0]]))

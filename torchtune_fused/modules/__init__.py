@@ -7,12 +7,13 @@ from torchtune_fused.modules.lora_linear import FusedLoRALinear
 from torchtune_fused.modules.loss import CEWithChunkedOutputLoss, LinearCrossEntropyLoss
 from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
 from torchtune_fused.modules.optimized_attention import OptimizedAttention
-from torchtune_fused.modules.rms_norm import FusedRMSNorm
+from torchtune_fused.modules.rms_norm import FusedGemmaRMSNorm, FusedRMSNorm
 
 __all__ = [
     "CEWithChunkedOutputLoss",
     "FusedAttention",
     "FusedFeedForward",
+    "FusedGemmaRMSNorm",
     "FusedLoRALinear",
     "FusedRMSNorm",
     "FusedTransformerDecoder",

@@ -1,7 +1,5 @@
 """torchtune's MultiHeadAttention on the fused ops."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,11 +7,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import KVCache, MultiHeadAttention
 
 from torchtune_fused.modules._plain import in_autocast, share_state
-from torchtune_fused.modules.block_mask import dense_mask
-from torchtune_fused.modules.rope import rotation
-from torchtune_fused.ops import attention, attention_decode, kv_cache_update
-from torchtune_fused.ops.attention import visible
-from torchtune_fused.ops.attention_decode import visible_slots
+from torchtune_fused.modules.block_mask import dense_mask, mask_arguments, tiles_of
+from torchtune_fused.modules.rms_norm import head_norms
+from torchtune_fused.modules.rope import rope_tables, rotation
+from torchtune_fused.ops import attention, attention_decode, kv_cache_update, qk_norm_rope
+from torchtune_fused.ops.attention import has_kernel
+from torchtune_fused.ops.attention_decode import FEW_QUERIES, visible_slots
+from torchtune_fused.ops.attention_mask import visible
 
 
 class FusedAttention(MultiHeadAttention):
@@ -86,22 +86,23 @@ class FusedAttention(MultiHeadAttention):
             inner = x.to(dtype)
             other = inner if y is x else None if y is None else y.to(dtype)
             return self.forward(inner, other, mask=mask, input_pos=input_pos).to(x.dtype)
-        cache, positions = self.kv_cache, self.pos_embeddings
+        cache = self.kv_cache
         caching = cache is not None and self.cache_enabled
         causal = cache is None and mask is None and self.is_causal
         window = self.sliding_window if y is x else None
-        if not (isinstance(mask, BlockMask) and x.is_cuda and window is None):
-            mask = _dense(mask)
+        if isinstance(mask, BlockMask) and (caching or not x.is_cuda):
+            mask = dense_mask(mask)
 
-        rotate = None if positions is None else rotation(positions)
-        q = self._heads(self.q_proj(x), self.q_norm, rotate, input_pos)
+        q = self._split_heads(self.q_proj(x))
         if y is None:
             if not caching:
                 raise ValueError("attention needs y, or an enabled KV cache to attend to")
+            q = self._place(q, self.q_norm, input_pos)
             k, v = cache.k_cache, cache.v_cache
         else:
-            k = self._heads(self.k_proj(y), self.k_norm, rotate, input_pos)
-            v = self._heads(self.v_proj(y), None, None, None)
+            k = self._split_heads(self.k_proj(y))
+            v = self._split_heads(self.v_proj(y)).transpose(1, 2)
+            q, k = self._place_both(q, k, input_pos)
             if caching and y is x and self._can_decode(cache, q, k, v, mask):
                 return self._merge_heads(self._decode(cache, q, k, v, mask))
             if caching:
@@ -110,20 +111,40 @@ class FusedAttention(MultiHeadAttention):
                     mask, window = self._mask_of_slots(cache, q, mask), None
         return self._merge_heads(self._attend(q, k, v, mask, causal, window))
 
-    def _heads(
-        self,
-        x: Tensor,
-        norm: nn.Module | None,
-        rotate: Callable[..., Tensor] | None,
-        input_pos: Tensor | None,
-    ) -> Tensor:
-        """A projection ``[b, s, h * d]`` as heads ``[b, h, s, d]``, normalised and rotated."""
+    def _split_heads(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
-        x = x.view(b, s, -1, self.head_dim)
+        return x.view(b, s, -1, self.head_dim)
+
+    def _place_both(self, q: Tensor, k: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`_place` of queries and keys: as one op, where that comes to the same."""
+        tables, norms = rope_tables(self.pos_embeddings), None
+        fused = tables is not None and q.shape[1] == k.shape[1]
+        if fused and self.q_norm is not None:
+            norms = head_norms(self.q_norm, self.k_norm)
+            fused = norms is not None and not in_autocast(q)
+        if not fused:
+            return self._place(q, self.q_norm, input_pos), self._place(k, self.k_norm, input_pos)
+        cos, sin, interleaved = tables
+        weights, eps = norms or (None, 0.0)
+        q, k = qk_norm_rope(
+            q,
+            k,
+            cos,
+            sin,
+            input_pos,
+            interleaved=interleaved,
+            head_norms=weights,
+            eps=eps,
+            norm_before_rope=self.norm_before_rope,
+        )
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _place(self, x: Tensor, norm: nn.Module | None, input_pos: Tensor | None) -> Tensor:
+        """Heads ``[b, s, h, d]`` as attention reads them: ``[b, h, s, d]``, normed and rotated."""
         if norm is not None and self.norm_before_rope:
             x = norm(x)
-        if rotate is not None:
-            x = rotate(x, input_pos=input_pos)
+        if self.pos_embeddings is not None:
+            x = rotation(self.pos_embeddings)(x, input_pos=input_pos)
         x = x.transpose(1, 2)
         if norm is not None and not self.norm_before_rope:
             x = norm(x)
@@ -151,6 +172,8 @@ class FusedAttention(MultiHeadAttention):
         k_cache, v_cache, cache_pos = cache.k_cache, cache.v_cache, cache.cache_pos
         kv_cache_update(k_cache, v_cache, cache_pos, k, v)
         length = cache_pos[:1]
+        if mask is not None and q.shape[2] > FEW_QUERIES and has_kernel(q):
+            mask = tiles_of(mask)
         return attention_decode(q, k_cache, v_cache, length, mask, window=self.sliding_window)
 
     def _mask_of_slots(self, cache: nn.Module, q: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -175,24 +198,22 @@ class FusedAttention(MultiHeadAttention):
         s, s_kv, dropout = q.shape[2], k.shape[2], self._dropout
         if causal and s != s_kv:
             # Here torchtune lets the first query, not the last, stand at its key.
-            mask, causal = q.new_ones(1, 1, s, s_kv, dtype=torch.bool).tril(), False
-        # On a GPU the op has no kernel yet, and PyTorch has: its flash attention.
-        if (mask is None or _is_bool(mask)) and not (dropout or in_autocast(q) or q.is_cuda):
-            return attention(q, k, v, mask, causal=causal, window=window)
+            mask, causal = q.new_ones(1, s, s_kv, dtype=torch.bool).tril(), False
+        if not (dropout or in_autocast(q)):
+            if mask is None or (_is_bool(mask) and not has_kernel(q)):
+                return attention(q, k, v, mask, causal=causal, window=window)
+            if (_is_bool(mask) or isinstance(mask, BlockMask)) and has_kernel(q):
+                return attention(q, k, v, **mask_arguments(mask), window=window)
 
         if window is not None and window < s_kv:
-            mask, causal = _restrict(mask, visible(s, s_kv, None, causal, window, q.device)), False
-        if mask is None and q.is_cuda:
-            return F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=True
-            )
-        # Only flash attention, which takes no mask, reads grouped heads as they are.
+            seen = visible(s, s_kv, None, causal, window, None, q.device)
+            mask, causal = _restrict(mask, seen), False
         groups = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         if isinstance(mask, BlockMask):
             return self._attention_call(q, k, v, mask=mask, dropout_p=dropout, is_causal=False)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            q, k, v, attn_mask=_per_head(mask), dropout_p=dropout, is_causal=causal
         )
 
     @property
@@ -204,15 +225,14 @@ def _is_bool(mask: Tensor | BlockMask) -> bool:
     return isinstance(mask, Tensor) and mask.dtype == torch.bool
 
 
-def _dense(mask: Tensor | BlockMask | None) -> Tensor | None:
-    """A mask of any kind as ``[b or 1, h or 1, s, s_kv]``."""
-    if isinstance(mask, BlockMask):
-        return dense_mask(mask)
+def _per_head(mask: Tensor | None) -> Tensor | None:
+    """A mask with a dimension for the heads, ``[b or 1, h or 1, s, s_kv]``."""
     return mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
 
 
-def _restrict(mask: Tensor | None, seen: Tensor) -> Tensor:
-    """A bool or additive mask, with all hidden that ``seen`` doesn't show."""
+def _restrict(mask: Tensor | BlockMask | None, seen: Tensor) -> Tensor:
+    """A mask of any kind, with all hidden that ``seen`` doesn't show."""
     if mask is None:
         return seen
+    mask = _per_head(dense_mask(mask) if isinstance(mask, BlockMask) else mask)
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)

@@ -77,6 +77,9 @@ class FusedFeedForward(FeedForward):
         dtype = self.compute_dtype
         if dtype is not None and x.dtype != dtype:
             return self.forward(x.to(dtype)).to(x.dtype)
+        if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            # There the op is the calls that torchtune makes, and the way to it is longer.
+            return super().forward(x)
         activation = activation_name(self.activation)
         if activation is None:
             return super().forward(x)

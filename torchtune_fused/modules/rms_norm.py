@@ -1,9 +1,10 @@
-"""torchtune's RMSNorm on the fused op."""
+"""torchtune's RMSNorms on the fused op."""
 
-from torch import Tensor
+from torch import Tensor, nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 
-from torchtune_fused.modules._plain import is_plain_tensor, share_state
+from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_state
 from torchtune_fused.ops import rms_norm
 
 
@@ -28,3 +29,34 @@ class FusedRMSNorm(RMSNorm):
         if is_plain_tensor(x) and is_plain_tensor(scale):
             return rms_norm(x, scale, self.eps)
         return super().forward(x)
+
+
+class FusedGemmaRMSNorm(GemmaRMSNorm):
+    """Drop-in for torchtune's ``GemmaRMSNorm``, which scales by ``1 + scale``."""
+
+    @classmethod
+    def from_stock(cls, module: GemmaRMSNorm) -> "FusedGemmaRMSNorm":
+        """The same norm, sharing all of its state with ``module``."""
+        return share_state(module, GemmaRMSNorm, cls)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of ``x``.
+
+        Args:
+            x (Tensor): input of shape ``[..., dim]``.
+
+        Returns:
+            Tensor: shape and dtype of ``x``.
+        """
+        scale = self.scale
+        if is_plain_tensor(x) and is_plain_tensor(scale):
+            return rms_norm(x, scale, self.eps, unit_offset=True)
+        return super().forward(x)
+
+
+def head_norms(q_norm: nn.Module, k_norm: nn.Module) -> tuple[tuple[Tensor, Tensor], float] | None:
+    """Scales and epsilon of the norms of queries and keys, None if they have to be called."""
+    for cls in (FusedRMSNorm, RMSNorm):
+        if is_plain(q_norm, cls) and is_plain(k_norm, cls) and q_norm.eps == k_norm.eps:
+            return (q_norm.scale, k_norm.scale), q_norm.eps
+    return None

@@ -5,6 +5,7 @@ Each has a reference in plain PyTorch, a fake for tracing and, where it makes se
 
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
+from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -14,17 +15,20 @@ from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
 from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
 from torchtune_fused.ops.lora_linear import lora_linear
+from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
 __all__ = [
     "AdaptedLinear",
+    "MaskTiles",
     "attention",
     "attention_decode",
     "decode_gated",
     "decode_linear",
     "decode_qkv",
     "decode_sample",
+    "document_bounds",
     "fused_attention",
     "fused_mlp",
     "gated_mlp",
@@ -32,6 +36,8 @@ __all__ = [
     "linear_cross_entropy",
     "lora_gated_mlp",
     "lora_linear",
+    "mask_tiles",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
 ]

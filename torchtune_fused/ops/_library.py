@@ -56,28 +56,33 @@ def _loading_kernels(reference: Callable) -> Callable:
     return run
 
 
-def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Gives an op a gradient, by its first output; the others only serve the backward pass.
+def register_autograd(
+    name: str, backward: Callable, setup_context: Callable, *, differentiable: int = 1
+) -> None:
+    """Gives an op a gradient, by its first outputs; the others only serve the backward pass.
 
     Args:
         name (str): the op, without the namespace.
-        backward (Callable): from the context and the gradient of the first output to a tuple of
+        backward (Callable): from the context and the gradients of the first outputs to a tuple of
             the gradients of all inputs.
         setup_context (Callable): keeps in the context what backward needs, from ``inputs`` and
             ``output``; see ``torch.library.register_autograd``.
+        differentiable (int): how many outputs are differentiable.
     """
 
     def setup(ctx, inputs, output):
         # No zeros in place of gradients that nobody computed: they may be as large as activations.
-        ctx.set_materialize_grads(False)
+        # Only where another output has one is there something to compute.
+        ctx.set_materialize_grads(differentiable > 1)
         if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*output[differentiable:])
         setup_context(ctx, inputs, output)
 
-    def formula(ctx, grad, *_):
-        if grad is None:
+    def formula(ctx, *grads):
+        grads = grads[:differentiable]
+        if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, grad)
+        return backward(ctx, *grads)
 
     torch.library.register_autograd(
         f"torchtune_fused::{name}", formula, setup_context=setup, lib=LIBRARY

@@ -2,7 +2,8 @@
 
 Splitting the keys of one query among workers: Dao et al., Flash-Decoding,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html. The length never leaves the device, so that
-a step can be captured in a CUDA graph.
+a step can be captured in a CUDA graph. Many queries, as those of a prompt, go to the kernels of
+`attention` on CUDA.
 """
 
 import torch
@@ -20,11 +21,20 @@ from torchtune_fused.ops._library import (
 from torchtune_fused.ops.attention import (
     _flash,
     additive,
-    check_mask,
-    check_window,
     closed_form,
     cpu_flash,
+    has_kernel,
 )
+from torchtune_fused.ops.attention_mask import (
+    MaskTiles,
+    check_mask,
+    check_window,
+    dense_mask,
+    mask_tiles,
+)
+
+# With up to so many queries the keys are split among workers; with more, the queries are.
+FEW_QUERIES = 16
 
 
 def attention_decode(
@@ -32,7 +42,7 @@ def attention_decode(
     k_cache: Tensor,
     v_cache: Tensor,
     length: Tensor,
-    mask: Tensor | None = None,
+    mask: Tensor | MaskTiles | None = None,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -51,8 +61,8 @@ def attention_decode(
         v_cache (Tensor): values, as ``k_cache``.
         length (Tensor): int64 with one element on the device of ``q``, at least ``s``: slots
             filled, those of the queries included.
-        mask (Tensor | None): bool of shape ``[b or 1, s, max_len]``; True lets a query attend to a
-            slot.
+        mask (Tensor | MaskTiles | None): bool of shape ``[b or 1, s, max_len]``; True lets a query
+            attend to a slot. Or what `mask_tiles` made of one.
         scale (float | None): factor of the scores. Default: ``d ** -0.5``.
         window (int | None): how many slots a query sees at most, counting back from its own.
 
@@ -91,10 +101,15 @@ def attention_decode(
             f"{list(length.shape)}"
         )
     check_device(op, "length", length, "q", q)
-    mask = check_mask(op, mask, q, max_len)
+    mask, kinds = check_mask(op, mask, q, max_len)
     window = check_window(op, window, max_len)
     scale = d**-0.5 if scale is None else scale
     q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
+    if s > FEW_QUERIES and has_kernel(q):
+        if mask is not None and kinds is None:
+            kinds, mask = mask_tiles(mask)
+        return call("attention_prefill", q, k_cache, v_cache, length, mask, kinds, scale, window)
+    mask = dense_mask(mask, kinds, max_len)
     return call("attention_decode", q, k_cache, v_cache, length, mask, scale, window)
 
 
@@ -133,7 +148,16 @@ def _reference(q, k_cache, v_cache, length, mask, scale, window):
         seen = seen & mask
     empty = (torch.arange(max_len, device=q.device) >= length).unsqueeze(1)
     k, v = k_cache[:b].masked_fill(empty, 0), v_cache[:b].masked_fill(empty, 0)
-    return closed_form(q, k, v, seen, False, scale, None)[0]
+    return closed_form(q, k, v, seen, None, None, False, scale, None, None)[0]
+
+
+@define_op(
+    "attention_prefill(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor? mask, "
+    "Tensor? mask_kinds, float scale, int? window) -> Tensor"
+)
+def _prefill_reference(q, k_cache, v_cache, length, mask, kinds, scale, window):
+    mask = dense_mask(mask, kinds, k_cache.shape[2])
+    return _reference(q, k_cache, v_cache, length, mask, scale, window)
 
 
 def visible_slots(length: Tensor, s: int, max_len: int, causal: bool, window: int | None) -> Tensor:
@@ -147,6 +171,7 @@ def visible_slots(length: Tensor, s: int, max_len: int, causal: bool, window: in
 
 
 @torch.library.register_fake("torchtune_fused::attention_decode", lib=LIBRARY)
-def _(q, k_cache, v_cache, length, mask, scale, window):
+@torch.library.register_fake("torchtune_fused::attention_prefill", lib=LIBRARY)
+def _(q, *_):
     b, h, s, d = q.shape
     return q.new_empty(b, s, h, d).transpose(1, 2)

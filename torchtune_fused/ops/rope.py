@@ -4,6 +4,8 @@ Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
 https://arxiv.org/abs/2104.09864.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,28 +50,35 @@ def rope(
     check_floating("rope", "x", x)
     if x.ndim != 4 or x.shape[3] % 2 != 0:
         raise ValueError(f"rope: x must have shape [b, s, h, d], d even, got {list(x.shape)}")
+    check_angles("rope", "x", x, cos, sin, input_pos)
+    return call("rope", x, cos, sin, input_pos, interleaved, False)
+
+
+def check_angles(
+    op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None
+) -> None:
+    """Raises unless cosines, sines and positions fit the tokens and channels of ``x``."""
     b, s, _, d = x.shape
     max_seq_len = cos.shape[0]
-    check_floating("rope", "cos", cos)
-    check_shape("rope", "cos", cos, (max_seq_len, d // 2))
-    check_device("rope", "cos", cos, "x", x)
-    check_tensor("rope", "sin", sin, cos.shape, "cos", cos)
+    check_floating(op, "cos", cos)
+    check_shape(op, "cos", cos, (max_seq_len, d // 2))
+    check_device(op, "cos", cos, name, x)
+    check_tensor(op, "sin", sin, cos.shape, "cos", cos)
     if input_pos is None:
         if s > max_seq_len:
             raise ValueError(
-                f"rope: x has {s} tokens, but cos and sin only {max_seq_len} positions; "
+                f"{op}: {name} has {s} tokens, but cos and sin only {max_seq_len} positions; "
                 "build the cache for a larger max_seq_len"
             )
-    else:
-        if input_pos.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"rope: input_pos must be int32 or int64, got {input_pos.dtype}")
-        if input_pos.numel() not in (s, b * s):
-            raise ValueError(
-                f"rope: input_pos must have {s} or {b} x {s} elements, one for each token of x, "
-                f"got shape {list(input_pos.shape)}"
-            )
-        check_device("rope", "input_pos", input_pos, "x", x)
-    return call("rope", x, cos, sin, input_pos, interleaved, False)
+        return
+    if input_pos.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: input_pos must be int32 or int64, got {input_pos.dtype}")
+    if input_pos.numel() not in (s, b * s):
+        raise ValueError(
+            f"{op}: input_pos must have {s} or {b} x {s} elements, one for each token of {name}, "
+            f"got shape {list(input_pos.shape)}"
+        )
+    check_device(op, "input_pos", input_pos, name, x)
 
 
 @define_op(
@@ -79,40 +88,64 @@ def rope(
 def _rope(
     x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, interleaved: bool, inverse: bool
 ) -> Tensor:
-    s, d = x.shape[1], x.shape[3]
-    wide = at_least_fp32(x.contiguous())
+    rotate = rotation("rope", x, cos, sin, input_pos, interleaved, inverse)
+    return rotate(at_least_fp32(x)).type_as(x)
+
+
+def rotation(
+    op: str,
+    like: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    input_pos: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> Callable[[Tensor], Tensor]:
+    """The rotation of the tokens of ``like``, for any number of heads in at least fp32."""
+    s, pairs = like.shape[1], cos.shape[1]
     if input_pos is None:
         cos, sin = cos[:s], sin[:s]
     else:
-        cos, sin = _gather(cos, sin, input_pos)
-    cos, sin = at_least_fp32(cos), at_least_fp32(sin)
+        cos, sin = _gather(op, cos, sin, input_pos)
+    exact = like.dtype == torch.float64
+    cos, sin = (cos.double(), sin.double()) if exact else (cos.float(), sin.float())
     if inverse:
         sin = -sin
     if interleaved:
         # A pair is a complex number and the rotation one product: a single pass over x.
-        turn = torch.complex(cos, sin).view(-1, s, 1, d // 2)
-        pairs = torch.view_as_complex(wide.view(*x.shape[:3], d // 2, 2))
-        rotated = torch.view_as_real(pairs * turn).view(x.shape)
-    else:
-        cos, sin = cos.view(-1, s, 1, d // 2), sin.view(-1, s, 1, d // 2)
-        first, second = wide.chunk(2, dim=-1)
-        rotated = wide * torch.cat((cos, cos), dim=-1)
+        turn = torch.complex(cos, sin).view(-1, s, 1, pairs)
+        return lambda x: (_aligned(x).view(turn.dtype) * turn).view(x.dtype)
+
+    cos, sin = torch.cat((cos, cos), -1).view(-1, s, 1, 2 * pairs), sin.view(-1, s, 1, pairs)
+
+    def rotate(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        first, second = x.chunk(2, dim=-1)
+        rotated = x * cos
         rotated_first, rotated_second = rotated.chunk(2, dim=-1)
         rotated_first.addcmul_(second, sin, value=-1)
         rotated_second.addcmul_(first, sin)
-    return rotated.to(x.dtype)
+        return rotated
+
+    return rotate
 
 
-def _gather(cos: Tensor, sin: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(op: str, cos: Tensor, sin: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of each token's position."""
     positions = input_pos.reshape(-1)
     try:
         return cos.index_select(0, positions), sin.index_select(0, positions)
     except IndexError:
         raise ValueError(
-            f"rope: input_pos has positions from {int(positions.min())} to "
+            f"{op}: input_pos has positions from {int(positions.min())} to "
             f"{int(positions.max())}, but cos and sin are for 0 to {cos.shape[0] - 1}"
         ) from None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, contiguous, with pairs where complex numbers may lie in its storage."""
+    x = x.contiguous()
+    return x if x.storage_offset() % 2 == 0 else x.clone()
 
 
 @torch.library.register_fake("torchtune_fused::rope", lib=LIBRARY)

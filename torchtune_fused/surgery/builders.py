@@ -1,12 +1,14 @@
 """The builders for torchtune's own modules."""
 
 from torch import nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, TransformerDecoder
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_fused.modules import (
     FusedAttention,
     FusedFeedForward,
+    FusedGemmaRMSNorm,
     FusedLoRALinear,
     FusedRMSNorm,
     FusedTransformerDecoder,
@@ -49,6 +51,12 @@ def build_dora_linear(module: DoRALinear) -> Decline:
 def build_rms_norm(module: RMSNorm) -> nn.Module:
     """Every RMSNorm, those of queries and keys included."""
     return FusedRMSNorm.from_stock(module)
+
+
+@register_builder(GemmaRMSNorm)
+def build_gemma_rms_norm(module: GemmaRMSNorm) -> nn.Module:
+    """The norm of Gemma, which scales by one more than its parameter."""
+    return FusedGemmaRMSNorm.from_stock(module)
 
 
 @register_builder(TransformerDecoder)

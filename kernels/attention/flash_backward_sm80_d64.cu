@@ -1,0 +1,3 @@
+#include "attention/flash_backward_sm80.cuh"
+
+template struct torchtune_fused::FlashBackwardSm80<64>;

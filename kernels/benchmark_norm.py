@@ -1,0 +1,158 @@
+"""Times RMSNorm and the rotation of queries and keys on one GPU, forward and backward.
+
+    python -m torchtune_fused.kernels.benchmark_norm [--cases norm rope] [--systems ours]
+
+8192 tokens in bf16, beside torchtune's modules, eager and compiled. Calls run in a captured CUDA
+graph over enough distinct inputs that nothing is read twice from L2; a figure is the median of 20
+replays, divided by the calls of one. Bytes count every input and output once. The backward pass
+is that of autograd.
+"""
+
+import argparse
+from statistics import median
+
+import torch
+from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
+
+from torchtune_fused.build import load_kernels
+from torchtune_fused.ops import qk_norm_rope, rms_norm
+
+TOKENS, COPIES, REPLAYS = 8192, 6, 20
+
+
+def microseconds(run, inputs):
+    """Median time of ``run`` on one of the inputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run(*inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run(*each) for each in inputs]  # noqa: F841, else outputs would share memory
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return median(times) / len(inputs)
+
+
+def report(case, time, size, copy):
+    speed = size / time / 1e6
+    print(f"{case:44s} {time:8.2f} us {speed:6.3f} TB/s {speed / copy:5.0%} of copy", flush=True)
+
+
+def normal(*shape):
+    return torch.randn(shape, device="cuda").bfloat16()
+
+
+def ceiling():
+    """Bytes per microsecond, in TB/s, of copying 1 GiB, or tensors as large as those below."""
+    best = 0.0
+    for elements, copies in ((2**29, 1), (TOKENS * 4096, COPIES)):
+        pairs = [(normal(elements), normal(elements)) for _ in range(copies)]
+        time = microseconds(lambda x, y: y.copy_(x), pairs)
+        speed = 2 * pairs[0][0].nbytes / time / 1e6
+        print(f"copy {2 * elements >> 20} MiB {time:8.2f} us {speed:6.3f} TB/s", flush=True)
+        best = max(best, speed)
+    return best
+
+
+def race(case, systems, chosen, inputs, grads, sizes, copy):
+    """Forward and backward of every system, with the bytes that each must move."""
+    for who in (who for who in systems if who in chosen):
+        forward = systems[who]
+        with torch.no_grad():
+            report(f"{case}, forward: {who}", microseconds(forward, inputs), sizes[0], copy)
+
+        def step(*tensors, forward=forward):
+            outputs = forward(*tensors[: len(inputs[0])])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            leaves = [t for t in tensors[: len(inputs[0])] if t.requires_grad]
+            return torch.autograd.grad(outputs, leaves, tensors[len(inputs[0]) :])
+
+        both = [(*i, *g) for i, g in zip(inputs, grads, strict=True)]
+        for tensors in inputs:
+            for t in tensors:
+                t.requires_grad_()
+        time = microseconds(step, both)
+        for tensors in inputs:
+            for t in tensors:
+                t.requires_grad_(False)
+        report(f"{case}, forward + backward: {who}", time, sum(sizes), copy)
+
+
+def norm(chosen, copy):
+    for dim in (2048, 4096, 64):
+        rows = TOKENS * 32 if dim == 64 else TOKENS
+        module = RMSNorm(dim, eps=1e-5).cuda().bfloat16()
+
+        def stock(x, weight, module=module):
+            return torch.func.functional_call(module, {"scale": weight}, x)
+
+        inputs = [(normal(rows, dim), normal(dim)) for _ in range(COPIES)]
+        grads = [(normal(rows, dim),) for _ in range(COPIES)]
+        size = inputs[0][0].nbytes
+        systems = {
+            "ours": lambda x, w: rms_norm(x, w, 1e-5),
+            "torchtune compiled": torch.compile(stock, dynamic=False),
+            "torchtune": stock,
+        }
+        race(f"RMSNorm {rows} x {dim}", systems, chosen, inputs, grads, (2 * size, 3 * size), copy)
+
+
+def rope(chosen, copy):
+    for d, normed in ((64, False), (128, False), (128, True)):
+        module = RotaryPositionalEmbeddings(d, max_seq_len=TOKENS).cuda()
+        cos, sin = module.cache.unbind(-1)
+
+        def stock(q, k, *norms, module=module, d=d):
+            q, k = module(q), module(k)
+            if norms:
+                q, k = (
+                    torch.nn.functional.rms_norm(x.float(), (d,), w, 1e-6).to(x.dtype)
+                    for x, w in zip((q, k), norms, strict=True)
+                )
+            return q, k
+
+        def ours(q, k, *norms, cos=cos, sin=sin):
+            return qk_norm_rope(q, k, cos, sin, interleaved=True, head_norms=norms or None)
+
+        inputs = []
+        for _ in range(COPIES):
+            qkv = normal(1, TOKENS, 32 + 2 * 8, d)
+            norms = (normal(d), normal(d)) if normed else ()
+            inputs.append((qkv[:, :, :32], qkv[:, :, 32:40], *norms))
+        grads = [(normal(1, TOKENS, 32, d), normal(1, TOKENS, 8, d)) for _ in range(COPIES)]
+        size = TOKENS * 40 * d * 2
+        systems = {
+            "ours": ours,
+            "torchtune compiled": torch.compile(stock, dynamic=False),
+            "torchtune": stock,
+        }
+        case = f"q and k, 32/8, D {d}{', normed' if normed else ''}"
+        sizes = (2 * size, (3 if normed else 2) * size)
+        race(case, systems, chosen, inputs, grads, sizes, copy)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cases, systems = {"norm": norm, "rope": rope}, ["ours", "torchtune compiled", "torchtune"]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    chosen = parser.parse_args()
+    if not load_kernels():
+        raise SystemExit("the kernels are not usable; see `torchtune-fused doctor`")
+    torch.manual_seed(0)
+    copy = ceiling()
+    for case in chosen.cases:
+        cases[case](chosen.systems, copy)
+
+
+if __name__ == "__main__":
+    main()
