@@ -29,4 +29,5 @@ def test_the_memory_of_a_system_is_its_own(room, monkeypatch):
     peaks = {name: timing.peak_bytes / MIB for name, timing in outcome.timings.items()}
     # The allocator's blocks are multiples of 512 bytes or, for these sizes, of 2 MiB.
     assert peaks == pytest.approx({TORCHTUNE: 500, OURS: 150}, abs=4)
-    assert torch.cuda.memory_allocated() < MIB
+    # Nothing of theirs is left; cuBLAS keeps its workspace from measuring the roof.
+    assert torch.cuda.memory_allocated() < 100 * MIB

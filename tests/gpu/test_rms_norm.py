@@ -15,14 +15,15 @@ def plain(x, weight, unit_offset=False):
 def check(assert_as_exact, results, dtype):
     """The rule, by output; in fp32 and fp64, whose results no lower precision can judge, closeness.
 
-    Sums there run in another order, and gradients are differences: 32 roundings of the largest.
+    Sums there run in another order, and gradients are differences: 32 roundings of the largest, or
+    of one, the order of their terms, of which a single channel leaves next to nothing.
     """
     for out, low, truth in zip(*results, strict=True):
         assert out.dtype == low.dtype
         if dtype in (torch.bfloat16, torch.float16):
             assert_as_exact(out, low, truth, dtype)
         else:
-            atol = 32 * torch.finfo(dtype).eps * truth.abs().max().item()
+            atol = 32 * torch.finfo(dtype).eps * truth.abs().max().clamp(min=1).item()
             torch.testing.assert_close(out.double(), truth, rtol=0, atol=atol)
 
 

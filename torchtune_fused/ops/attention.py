@@ -35,6 +35,10 @@ from torchtune_fused.ops.attention_pytorch import (
     pytorch_attention,
 )
 
+# Below this, scores lie so close to the cap that its slope can't be told from bf16 probabilities,
+# which is all that the backward kernels keep.
+_LEAST_SOFTCAP = 1.0
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -94,7 +98,7 @@ def attention(
     window = check_window("attention", window, s_kv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda:
-        if not has_kernel(q):
+        if not has_kernel(q) or (softcap is not None and softcap < _LEAST_SOFTCAP):
             mask = dense_mask(mask, kinds, s_kv)
             if mask is not None or documents is not None or window is not None:
                 mask, causal = visible(s, s_kv, mask, causal, window, documents, q.device), False
