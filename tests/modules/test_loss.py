@@ -151,8 +151,8 @@ def with_bias():
 @pytest.mark.parametrize(
     ("build", "patched", "loss", "reason"),
     [
-        (adapted_head, True, CEWithChunkedOutputLoss, "the output head is a FusedLoRALinear, not an"),
-        (adapted_head, True, LinearCrossEntropyLoss, "the output head is a FusedLoRALinear, not an"),
+        (adapted_head, True, CEWithChunkedOutputLoss, "the output head is a FusedLoRALinear, not"),
+        (adapted_head, True, LinearCrossEntropyLoss, "the output head is a FusedLoRALinear, not"),
         (with_bias, True, CEWithChunkedOutputLoss, "the output head has a bias"),
         (untied, False, CEWithChunkedOutputLoss, "the model is not one that torchtune_fused has"),
         (untied, False, LinearCrossEntropyLoss, "a TransformerDecoder always applies its head"),
