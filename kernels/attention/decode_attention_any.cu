@@ -3,11 +3,10 @@
 //
 // Grid: (heads * steps, batch), one query row each. Block: 4 warps; warp w takes keys w, w + 4, ...
 // with the head dimension spread over its lanes, and the warps are merged in shared memory.
-#include <type_traits>
-
 #include "attention/attention.h"
 #include "common/launch.h"
 #include "common/ptx.cuh"
+#include "common/types.cuh"
 
 namespace torchtune_fused {
 namespace {
@@ -19,7 +18,7 @@ constexpr int kPerLane = kMaxHeadDim / 32;
 template <typename T>
 __global__ void __launch_bounds__(32 * kAnyWarps)
     decode_attention_any_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using Acc = AccOf<T>;
   __shared__ Acc merged[kAnyWarps][kMaxHeadDim], maxima[kAnyWarps], sums[kAnyWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head = blockIdx.x / p.steps, step = blockIdx.x % p.steps, batch = blockIdx.y;

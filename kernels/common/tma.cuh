@@ -1,12 +1,11 @@
 // Hopper's copy engine (TMA) and the barriers in shared memory (mbarrier) that it reports to.
 #pragma once
 
-#include <cuda.h>  // types only: nothing here links libcuda
-
 #include <cstdint>
 
 #include "common/cuda_utils.h"
 #include "common/ptx.cuh"
+#include "common/tensor_map.h"
 
 namespace torchtune_fused {
 
@@ -61,16 +60,6 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
 // `tile_rows` whole rows.
 inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
                             int rows, int columns, int tile_rows, DType dtype) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    TTF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
-    TTF_CHECK(found == cudaDriverEntryPointSuccess,
-              "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or newer");
-    return reinterpret_cast<Encode>(function);
-  }();
   constexpr int kPiece = 64;
   const auto bytes = [](int size, int64_t elements) {
     return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
@@ -84,7 +73,7 @@ inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int ba
                              static_cast<cuuint32_t>(columns / kPiece), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(
+  const CUresult result = tensor_map_encoder()(
       &map,
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       5, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -78,6 +78,15 @@ inline void check_contiguous(const Tensor& t, const char* name) {
   TTF_CHECK(t.is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
 }
 
+// On the device of x, of its dtype and of the shape, contiguous.
+inline void check_like(const Tensor& t, const char* name, const Tensor& x,
+                       std::initializer_list<int64_t> shape) {
+  check_device(t, name, x);
+  check_dtype(t, name, x.scalar_type());
+  check_shape(t, name, shape);
+  check_contiguous(t, name);
+}
+
 // The element type, which must be a floating-point one.
 inline DType floating_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();

@@ -14,20 +14,17 @@ const void* data_or_null(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
 
-// Same device and dtype as x, contiguous, of the shape, and aligned for 16-byte loads.
-void check_like(const Tensor& t, const char* name, const Tensor& x,
-                std::initializer_list<int64_t> shape) {
-  check_device(t, name, x);
-  check_dtype(t, name, x.scalar_type());
-  check_shape(t, name, shape);
-  check_contiguous(t, name);
+// Like x in device and dtype, of the shape, and aligned for 16-byte loads.
+void check_operand(const Tensor& t, const char* name, const Tensor& x,
+                   std::initializer_list<int64_t> shape) {
+  check_like(t, name, x, shape);
   TTF_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
             " must start at a multiple of 16 bytes; pass ", name, ".clone()");
 }
 
-void check_like(const std::optional<Tensor>& t, const char* name, const Tensor& x,
-                std::initializer_list<int64_t> shape) {
-  if (t) check_like(*t, name, x, shape);
+void check_operand(const std::optional<Tensor>& t, const char* name, const Tensor& x,
+                   std::initializer_list<int64_t> shape) {
+  if (t) check_operand(*t, name, x, shape);
 }
 
 // x [..., k] as the tokens of a linear; `scratch` lives as long as the launch needs it.
@@ -44,7 +41,7 @@ TokensParams tokens_of(const Tensor& x, const std::optional<Tensor>& norm_weight
   check_contiguous(x, "x");
   TTF_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
             "x must start at a multiple of 16 bytes; pass x.clone()");
-  check_like(norm_weight, "norm_weight", x, {k});
+  check_operand(norm_weight, "norm_weight", x, {k});
   p.x = x.const_data_ptr();
   p.norm_weight = data_or_null(norm_weight);
   p.eps = static_cast<float>(eps);
@@ -72,9 +69,9 @@ Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<
   Tensor scratch = x;
   DecodeLinearParams p = {};
   p.in = tokens_of(x, norm_weight, eps, scratch);
-  check_like(weight, "weight", x, {-1, p.in.k});
+  check_operand(weight, "weight", x, {-1, p.in.k});
   p.n = weight.size(0);
-  check_like(bias, "bias", x, {p.n});
+  check_operand(bias, "bias", x, {p.n});
   const std::vector<int64_t> shape = with_last(x, p.n);
   if (residual) {
     check_device(*residual, "residual", x);
@@ -103,11 +100,11 @@ Tensor decode_gated(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
   DecodeGatedParams p = {};
   p.in = tokens_of(x, norm_weight, eps, scratch);
   p.activation = activation_of(activation);
-  check_like(w_gate, "w_gate", x, {-1, p.in.k});
+  check_operand(w_gate, "w_gate", x, {-1, p.in.k});
   p.n = w_gate.size(0);
-  check_like(w_up, "w_up", x, {p.n, p.in.k});
-  check_like(b_gate, "b_gate", x, {p.n});
-  check_like(b_up, "b_up", x, {p.n});
+  check_operand(w_up, "w_up", x, {p.n, p.in.k});
+  check_operand(b_gate, "b_gate", x, {p.n});
+  check_operand(b_up, "b_up", x, {p.n});
   Tensor out = torch::stable::new_empty(x, with_last(x, p.n));
   p.gate = w_gate.const_data_ptr();
   p.up = w_up.const_data_ptr();
@@ -132,28 +129,28 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
   TTF_CHECK(x.dim() == 3, "x must have shape [batch, s, k], got ", shape_string(x));
   p.in = tokens_of(x, norm_weight, eps, scratch);
   const int64_t batch = x.size(0), steps = x.size(1);
-  check_like(k_cache, "k_cache", x, {-1, -1, -1, -1});
+  check_operand(k_cache, "k_cache", x, {-1, -1, -1, -1});
   const int64_t rows = k_cache.size(0), kv_heads = k_cache.size(1), head_dim = k_cache.size(3);
   p.max_len = k_cache.size(2);
-  check_like(v_cache, "v_cache", x, {rows, kv_heads, p.max_len, head_dim});
+  check_operand(v_cache, "v_cache", x, {rows, kv_heads, p.max_len, head_dim});
   TTF_CHECK(rows >= batch, "k_cache must have at least ", batch, " rows as x has, got ", rows);
   TTF_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim <= 256,
             "the head dimension must be a multiple of 16 up to 256, got ", head_dim);
-  check_like(wq, "wq", x, {-1, p.in.k});
+  check_operand(wq, "wq", x, {-1, p.in.k});
   TTF_CHECK(wq.size(0) % head_dim == 0, "wq must have whole heads of ", head_dim, " rows, got ",
             wq.size(0));
-  check_like(wk, "wk", x, {kv_heads * head_dim, p.in.k});
-  check_like(wv, "wv", x, {kv_heads * head_dim, p.in.k});
-  check_like(bq, "bq", x, {wq.size(0)});
-  check_like(bk, "bk", x, {kv_heads * head_dim});
-  check_like(bv, "bv", x, {kv_heads * head_dim});
+  check_operand(wk, "wk", x, {kv_heads * head_dim, p.in.k});
+  check_operand(wv, "wv", x, {kv_heads * head_dim, p.in.k});
+  check_operand(bq, "bq", x, {wq.size(0)});
+  check_operand(bk, "bk", x, {kv_heads * head_dim});
+  check_operand(bv, "bv", x, {kv_heads * head_dim});
   check_device(cache_pos, "cache_pos", x);
   check_dtype(cache_pos, "cache_pos", ScalarType::Long);
   TTF_CHECK(cache_pos.numel() >= 1, "cache_pos must have at least one element");
   TTF_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
   TTF_CHECK(q_norm.has_value() == k_norm.has_value(), "q_norm and k_norm must be given together");
-  check_like(q_norm, "q_norm", x, {head_dim});
-  check_like(k_norm, "k_norm", x, {head_dim});
+  check_operand(q_norm, "q_norm", x, {head_dim});
+  check_operand(k_norm, "k_norm", x, {head_dim});
   if (cos) {
     for (const auto& [table, name] : {std::pair(&*cos, "cos"), std::pair(&*sin, "sin")}) {
       check_device(*table, name, x);

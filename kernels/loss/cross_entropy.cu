@@ -9,7 +9,7 @@ namespace {
 template <typename T, bool kSoftcap>
 void launch(const CrossEntropyParams& p, cudaStream_t stream) {
   const int64_t vectors = p.vocab / Vector<T>::kWidth;
-  constexpr int kStatic = sizeof(LogSumExp<Accumulator<T>>) * (kThreads / 32);
+  constexpr int kStatic = sizeof(LogSumExp<AccOf<T>>) * (kThreads / 32);
   const int64_t room = (device_properties().max_shared_per_block - kStatic) / 16;
   const int cached = p.backward ? static_cast<int>(std::min(vectors, room)) : 0;
   allow_shared_memory(cross_entropy_kernel<T, kSoftcap>, cached * 16);
@@ -27,16 +27,7 @@ void launch(const CrossEntropyParams& p, cudaStream_t stream) {
 
 void launch_cross_entropy(const CrossEntropyParams& params, cudaStream_t stream) {
   if (params.rows == 0) return;  // an empty grid is an error
-  switch (params.dtype) {
-    case DType::kFloat16:
-      return launch<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case DType::kFloat32:
-      return launch<float>(params, stream);
-    case DType::kFloat64:
-      return launch<double>(params, stream);
-  }
+  with_type(params.dtype, [&](auto element) { launch<decltype(element)>(params, stream); });
 }
 
 }  // namespace torchtune_fused

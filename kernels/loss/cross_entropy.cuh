@@ -7,20 +7,13 @@
 // and, past its end, from logits that are still in L2.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
+#include "common/types.cuh"
 #include "loss/loss.h"
 
 namespace torchtune_fused {
 
 constexpr int kThreads = 1024;
 // The arithmetic for logits of type T.
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kWidth = 16 / sizeof(T);
@@ -99,7 +92,7 @@ __device__ __forceinline__ LogSumExp<Acc> merge_block(LogSumExp<Acc> mine) {
 // cached: vectors of the row that fit into the dynamic shared memory.
 template <typename T, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 1) cross_entropy_kernel(CrossEntropyParams p, int cached) {
-  using Acc = Accumulator<T>;
+  using Acc = AccOf<T>;
   constexpr int kWidth = Vector<T>::kWidth, kAhead = Vector<T>::kAhead;
   constexpr Acc kLog2e = LogSumExp<Acc>::kLog2e;
   extern __shared__ uint4 shared[];

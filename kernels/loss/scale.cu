@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scale_kernel(ScaleParams p) {
-  using Acc = Accumulator<T>;
+  using Acc = AccOf<T>;
   constexpr int kWidth = Vector<T>::kWidth;
   const Acc factor = *static_cast<const Acc*>(p.factor);
   if (factor == 1) return;
@@ -42,16 +42,7 @@ void launch(const ScaleParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_scale(const ScaleParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DType::kFloat16:
-      return launch<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case DType::kFloat32:
-      return launch<float>(params, stream);
-    case DType::kFloat64:
-      return launch<double>(params, stream);
-  }
+  with_type(params.dtype, [&](auto element) { launch<decltype(element)>(params, stream); });
 }
 
 }  // namespace torchtune_fused

@@ -3,17 +3,6 @@
 namespace torchtune_fused {
 namespace {
 
-// Calls f with a value of the C++ type that stands for `dtype`.
-template <typename F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat16: return f(__half{});
-    case DType::kBFloat16: return f(__nv_bfloat16{});
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat64: return f(double{});
-  }
-}
-
 template <typename... Pointers>
 bool aligned_to_16(Pointers... pointers) {
   return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));

@@ -4,12 +4,8 @@
 // which lie kThreads apart, before it computes with any of them.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
 #include "common/activation.cuh"
+#include "common/types.cuh"
 #include "mlp/mlp.h"
 
 namespace torchtune_fused {
@@ -24,7 +20,7 @@ struct alignas(sizeof(T) * kWidth) Vector {
 template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedActivationParams p) {
   using V = Vector<T, kWidth>;
-  using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using F = AccOf<T>;
   const V* gates = static_cast<const V*>(p.gate);
   const V* ups = static_cast<const V*>(p.up);
   const int64_t first = int64_t(blockIdx.x) * kGatedThreads * kVectors + threadIdx.x;
@@ -54,7 +50,7 @@ template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kGatedThreads)
     gated_activation_backward_kernel(GatedActivationBackwardParams p) {
   using V = Vector<T, kWidth>;
-  using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using F = AccOf<T>;
   const V* grads = static_cast<const V*>(p.grad);
   const V* gates = static_cast<const V*>(p.gate);
   const V* ups = static_cast<const V*>(p.up);

@@ -1,29 +1,12 @@
 // Matrices as TMA sees them.
 #pragma once
 
-#include <cuda.h>  // types only: nothing links libcuda
-
 #include <cstdint>
 
 #include "common/cuda_utils.h"
+#include "common/tensor_map.h"
 
 namespace torchtune_fused {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// By way of the runtime, so that the library needs no libcuda to be linked.
-inline Encode tensor_map_encoder() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    TTF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
-    TTF_CHECK(found == cudaDriverEntryPointSuccess,
-              "the driver has no cuTensorMapEncodeTiled: update it to one for CUDA 12 or later");
-    return reinterpret_cast<Encode>(function);
-  }();
-  return encode;
-}
 
 // A row-major matrix of 16-bit elements, in swizzled tiles of `tile_rows` rows and 64 columns.
 inline CUtensorMap matrix_map(const void* data, int rows, int columns, int tile_rows, DType dtype) {

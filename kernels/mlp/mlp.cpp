@@ -28,17 +28,6 @@ bool rows_start_at_16_bytes(const Tensor& t) {
 // Below, most of the GPU would be idle: a cluster takes 256 rows at a time.
 constexpr int64_t kMinRowsOfGatedLinear = 512;
 
-#ifdef TTF_HAS_SM90
-// On the device of x, of its dtype and of the shape.
-void check_like(const Tensor& t, const char* name, const Tensor& x,
-                std::initializer_list<int64_t> shape) {
-  check_device(t, name, x);
-  check_dtype(t, name, x.scalar_type());
-  check_shape(t, name, shape);
-  check_contiguous(t, name);
-}
-#endif
-
 }  // namespace
 
 Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation) {

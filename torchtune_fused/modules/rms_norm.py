@@ -8,7 +8,27 @@ from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_stat
 from torchtune_fused.ops import rms_norm
 
 
-class FusedRMSNorm(RMSNorm):
+class _OnOp(nn.Module):
+    """The forward of both norms: the op, where it comes to the same as torchtune's."""
+
+    _unit_offset = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension of ``x``.
+
+        Args:
+            x (Tensor): input of shape ``[..., dim]``.
+
+        Returns:
+            Tensor: shape and dtype of ``x``.
+        """
+        scale = self.scale
+        if is_plain_tensor(x) and is_plain_tensor(scale):
+            return rms_norm(x, scale, self.eps, unit_offset=self._unit_offset)
+        return super().forward(x)
+
+
+class FusedRMSNorm(_OnOp, RMSNorm):
     """Drop-in for :class:`torchtune.modules.RMSNorm`: same constructor, state dict and results."""
 
     @classmethod
@@ -16,42 +36,16 @@ class FusedRMSNorm(RMSNorm):
         """The same norm, sharing all of its state with ``module``."""
         return share_state(module, RMSNorm, cls)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension of ``x``.
 
-        Args:
-            x (Tensor): input of shape ``[..., dim]``.
-
-        Returns:
-            Tensor: shape and dtype of ``x``.
-        """
-        scale = self.scale
-        if is_plain_tensor(x) and is_plain_tensor(scale):
-            return rms_norm(x, scale, self.eps)
-        return super().forward(x)
-
-
-class FusedGemmaRMSNorm(GemmaRMSNorm):
+class FusedGemmaRMSNorm(_OnOp, GemmaRMSNorm):
     """Drop-in for torchtune's ``GemmaRMSNorm``, which scales by ``1 + scale``."""
+
+    _unit_offset = True
 
     @classmethod
     def from_stock(cls, module: GemmaRMSNorm) -> "FusedGemmaRMSNorm":
         """The same norm, sharing all of its state with ``module``."""
         return share_state(module, GemmaRMSNorm, cls)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension of ``x``.
-
-        Args:
-            x (Tensor): input of shape ``[..., dim]``.
-
-        Returns:
-            Tensor: shape and dtype of ``x``.
-        """
-        scale = self.scale
-        if is_plain_tensor(x) and is_plain_tensor(scale):
-            return rms_norm(x, scale, self.eps, unit_offset=True)
-        return super().forward(x)
 
 
 def head_norms(q_norm: nn.Module, k_norm: nn.Module) -> tuple[tuple[Tensor, Tensor], float] | None:
