@@ -16,6 +16,7 @@ from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
 from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
 from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
+from torchtune_fused.ops.qk_norm_rope_append import qk_norm_rope_append
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
@@ -38,6 +39,7 @@ __all__ = [
     "lora_linear",
     "mask_tiles",
     "qk_norm_rope",
+    "qk_norm_rope_append",
     "rms_norm",
     "rope",
 ]
