@@ -36,6 +36,7 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.1,
 }
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "initializer_range": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +72,8 @@ def tiny_models(pairs, tmp_path_factory) -> dict[str, Path]:
         "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
         "untied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
         "biased": transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+        # With heads that the kernels take, for tests on a GPU.
+        "wide": transformers.LlamaConfig(**{**SIZES, **WIDE}, tie_word_embeddings=True),
     }
     for name, config in configs.items():
         folder = folders[name] = tmp_path_factory.mktemp("models") / name
@@ -134,9 +137,9 @@ def start_recipe(tmp_path):
     def start(recipe, *overrides, processes=1):
         torchrun = ["--nproc_per_node", str(processes)] if processes > 1 else []
         path = f"torchtune_fused/recipes/{recipe}.py"
-        tune = Path(sys.executable).with_name("tune")
+        tune = [sys.executable, "-m", "torchtune._cli.tune"]  # wherever pip put its script
         return subprocess.Popen(
-            [tune, "run", *torchrun, path, "--config", f"smollm2_135m/{recipe}", *overrides],
+            [*tune, "run", *torchrun, path, "--config", f"smollm2_135m/{recipe}", *overrides],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
