@@ -135,7 +135,8 @@ def start_recipe(tmp_path):
     """Start a recipe by `tune run`, in processes of its own."""
 
     def start(recipe, *overrides, processes=1):
-        torchrun = ["--nproc_per_node", str(processes)] if processes > 1 else []
+        # Without a port of its own, a run beside it would be taken for a part of it.
+        torchrun = ["--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         path = f"torchtune_fused/recipes/{recipe}.py"
         tune = [sys.executable, "-m", "torchtune._cli.tune"]  # wherever pip put its script
         return subprocess.Popen(
