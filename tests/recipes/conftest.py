@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -149,6 +151,21 @@ def start_recipe(tmp_path):
         )
 
     return start
+
+
+@pytest.fixture
+def kill_at(start_recipe, tmp_path):
+    """Kill a run as soon as a path below tmp_path is there."""
+
+    def kill_at(path, recipe, *overrides):
+        run = start_recipe(recipe, *overrides)
+        while not (tmp_path / path).exists() and run.poll() is None:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL
+
+    return kill_at
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The fine-tuning recipes in bf16 with the kernels, on one GPU and on two."""
 
-import signal
-import time
-
 import pytest
 import torch
 
@@ -65,16 +62,9 @@ def test_options_that_save_time_or_memory_leave_the_losses(train, recipe, overri
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    train, start_recipe, on_gpu, recipe, tmp_path
-):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(train, kill_at, on_gpu, recipe):
     whole = train(recipe, "whole")
-    run = start_recipe(recipe, *on_gpu("out", save_every_n_steps=2))
-    while not (tmp_path / "out/.saving-step_4").exists() and run.poll() is None:
-        time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL
+    kill_at("out/.saving-step_4", recipe, *on_gpu("out", save_every_n_steps=2))
     assert train(recipe, "out", save_every_n_steps=2, resume=True) == pytest.approx(whole, rel=SAME)
 
 
