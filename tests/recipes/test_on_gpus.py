@@ -86,8 +86,7 @@ def test_speed_mfu_and_memory_are_logged(train, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("bf16", True)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_gpus_train_like_one(
     train, start_recipe, on_gpu, losses, recipe, packed, dtype, tmp_path
