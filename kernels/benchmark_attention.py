@@ -113,43 +113,42 @@ def packed_rule(ids):
 
 
 def packed():
-    flex = torch.compile(flex_attention, dynamic=False)
-    compiled_mask = torch.compile(create_block_mask, dynamic=False)
+    eight = torch.full((8,), 1024)
     random = torch.randint(1, 16384, (63,), generator=torch.Generator().manual_seed(0))
     many = torch.tensor([0, *random.sort().values.tolist(), 16384]).diff()
-    d = 128
-    for name, lengths in [
-        ("8 x 1024", torch.full((8,), 1024)),
-        ("64 documents in 16384", many),
-    ]:
-        s = int(lengths.sum())
-        ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].cuda()
-        q, k, v = leaves = [tokens(1, h, s, d).requires_grad_() for h in (32, 8, 8)]
-        grad = tokens(1, 32, s, d)
+    flex = torch.compile(flex_attention, dynamic=False)
+    compiled_mask = torch.compile(create_block_mask, dynamic=False)
+    for name, lengths in [("8 x 1024", eight), ("64 documents in 16384", many)]:
+        report(*documents(name, lengths, flex, compiled_mask))
 
-        def ours(q=q, k=k, v=v, leaves=leaves, grad=grad, ids=ids):
-            out = attention(q, k, v, causal=True, documents=document_bounds(ids))
-            return torch.autograd.grad(out, leaves, grad)
 
-        def theirs(mask, q=q, k=k, v=v, leaves=leaves, grad=grad):
-            out = flex(q, k, v, block_mask=mask, enable_gqa=True)
-            return torch.autograd.grad(out, leaves, grad)
+def documents(name, lengths, flex, compiled_mask):
+    """The case of one row of packed documents: its name, contenders, and flops."""
+    s, d = int(lengths.sum()), 128
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].cuda()
+    q, k, v = leaves = [tokens(1, h, s, d).requires_grad_() for h in (32, 8, 8)]
+    grad = tokens(1, 32, s, d)
 
-        def with_mask(make, run=theirs, ids=ids, s=s):
-            return lambda: run(make(packed_rule(ids), 1, None, s, s))
+    def ours():
+        out = attention(q, k, v, causal=True, documents=document_bounds(ids))
+        return torch.autograd.grad(out, leaves, grad)
 
-        made = compiled_mask(packed_rule(ids), 1, None, s, s)
-        pairs = (lengths * (lengths + 1) // 2).sum().item()
-        report(
-            f"packed {name}, D {d}, forward + backward",
-            {
-                "ours": ours,
-                "flex, torchtune's mask": with_mask(create_block_mask),
-                "flex, compiled mask": with_mask(compiled_mask),
-                "flex, mask for free": lambda run=theirs, made=made: run(made),
-            },
-            14 * 32 * pairs * d,
-        )
+    def theirs(mask):
+        out = flex(q, k, v, block_mask=mask, enable_gqa=True)
+        return torch.autograd.grad(out, leaves, grad)
+
+    def mask(make):
+        return make(packed_rule(ids), 1, None, s, s)
+
+    made = mask(compiled_mask)
+    contenders = {
+        "ours": ours,
+        "flex, torchtune's mask": lambda: theirs(mask(create_block_mask)),
+        "flex, compiled mask": lambda: theirs(mask(compiled_mask)),
+        "flex, mask for free": lambda: theirs(made),
+    }
+    pairs = (lengths * (lengths + 1) // 2).sum().item()
+    return f"packed {name}, D {d}, forward + backward", contenders, 14 * 32 * pairs * d
 
 
 def dense():
