@@ -51,6 +51,8 @@ def add_rms_norm(
     check_shape(op, "weight", weight, x.shape[-1:])
     check_device(op, "weight", weight, "x", x)
     if residual is None:
+        if not torch.is_grad_enabled():
+            return call("rms_norm", x, weight, eps, unit_offset)[0], x
         return _NormOfStream.apply(x, weight, eps, unit_offset)[:2]
     check_tensor(op, "residual", residual, x.shape, "x", x)
     return call("add_rms_norm", x, residual, weight, eps, unit_offset)[:2]
@@ -63,7 +65,7 @@ def add_rms_norm(
 )
 def _forward(x, residual, weight, eps, unit_offset):
     total = (x + residual).contiguous()
-    y, rstd = torch.ops.torchtune_fused.rms_norm(total, weight, eps, unit_offset)
+    y, rstd = call("rms_norm", total, weight, eps, unit_offset)
     return y, total, rstd
 
 
