@@ -11,7 +11,7 @@
 // holds kVectors vectors a thread, and a block has as many rows as make 128 threads, or one. The
 // backward pass is one wave of blocks that stride over the rows, each with its own sum of the
 // weight's gradient in registers, while the next row is under way to shared memory. What does not
-// fit takes a block per row that reads it twice.
+// fit (16 KiB a row at most) takes a block per row that reads it twice.
 #pragma once
 
 #include "common/elements.cuh"
@@ -22,7 +22,8 @@
 
 namespace torchtune_fused {
 
-constexpr int kVectors = 4;
+constexpr int kVectors = 2;
+constexpr int kStages = 2;
 constexpr int kMinBlock = 128;
 constexpr int kMaxBlock = 512;
 
@@ -143,14 +144,13 @@ __host__ __device__ inline int row_parts(const RmsNormBackwardParams& p) {
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxBlock)
-    rms_norm_backward_kernel(const __grid_constant__ RmsNormBackwardParams p, int threads_per_row,
-                             int stages) {
+    rms_norm_backward_kernel(const __grid_constant__ RmsNormBackwardParams p, int threads_per_row) {
   constexpr int kSize = kVecSize<T>;
   const int lane = threadIdx.x & (threads_per_row - 1);
   const int rows_per_block = blockDim.x / threads_per_row, slot = threadIdx.x / threads_per_row;
   const int vectors = static_cast<int>(p.dim) / kSize, parts = row_parts(p);
-  __shared__ float shared[2][kMaxBlock / 32];
-  // [stages][parts][kVectors][blockDim.x]: each thread reads only what it has copied itself, which
+  __shared__ float shared[kStages][kMaxBlock / 32];
+  // [kStages][parts][kVectors][blockDim.x]: each thread reads only what it has copied itself, which
   // is zeros beyond the row's end.
   extern __shared__ uint4 ring[];
   float w[kVectors][kSize] = {}, grad_weight[kVectors][kSize] = {};
@@ -186,18 +186,14 @@ __global__ void __launch_bounds__(kMaxBlock)
 
   const int64_t step = gridDim.x * int64_t{rows_per_block};
   int64_t row = blockIdx.x * int64_t{rows_per_block} + slot;
-  int stage = 0, turn = 0;
+  int stage = 0;
   fetch(row, stage);
   float rstd = rstd_of(row);
   for (; row - slot < p.rows; row += step) {  // as often for every thread of the block
     const float next_rstd = rstd_of(row + step);
-    if (stages == 2) {
-      fetch(row + step, stage ^ 1);
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
-    float sums[kVectors] = {};
+    fetch(row + step, stage ^ 1);
+    copy_async_wait<kStages - 1>();
+    float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       float x[kSize], grad[kSize];
@@ -206,14 +202,11 @@ __global__ void __launch_bounds__(kMaxBlock)
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float normed = x[j] * rstd;
-        sums[i] = fmaf(grad[j] * w[i][j], normed, sums[i]);
+        sum = fmaf(grad[j] * w[i][j], normed, sum);
         grad_weight[i][j] = fmaf(grad[j], normed, grad_weight[i][j]);
       }
     }
-    float sum = 0.f;
-#pragma unroll
-    for (float each : sums) sum += each;
-    const float mean = row_sum(sum, threads_per_row, shared[turn]) / static_cast<float>(p.dim);
+    const float mean = row_sum(sum, threads_per_row, shared[stage]) / static_cast<float>(p.dim);
     const float factor = -mean * rstd * rstd;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -230,12 +223,7 @@ __global__ void __launch_bounds__(kMaxBlock)
         static_cast<uint4*>(p.grad_x)[row * vectors + vector] = pack_vec<T>(grad);
       }
     }
-    if (stages == 2) {
-      stage ^= 1;
-    } else {
-      fetch(row + step, stage);
-    }
-    turn ^= 1;
+    stage ^= 1;
     rstd = next_rstd;
   }
   copy_async_wait<0>();

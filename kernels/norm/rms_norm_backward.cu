@@ -12,14 +12,10 @@ RowLayout layout_of(const RmsNormBackwardParams& p) {
   return row_layout(p.dim, p.dtype, {p.x, p.grad, p.grad_skip, p.grad_x, p.weight});
 }
 
-// Of the longest rows the shared memory of an 8.6 holds one only.
-int stages_of(const RowLayout& layout) { return layout.block > 256 ? 1 : 2; }
-
-constexpr size_t kMaxRingBytes = sizeof(uint4) * kVectors * kMaxBlock * 3;
-
-size_t ring_bytes(const RmsNormBackwardParams& p, const RowLayout& layout) {
-  return sizeof(uint4) * kVectors * layout.block * row_parts(p) * stages_of(layout);
+constexpr size_t ring_bytes(int block, int parts) {
+  return sizeof(uint4) * kVectors * kStages * block * parts;
 }
+static_assert(ring_bytes(kMaxBlock, 3) <= 96 * 1024, "an 8.6 has no more than 99 KB for a block");
 
 }  // namespace
 
@@ -31,9 +27,10 @@ int rms_norm_backward_blocks(const RmsNormBackwardParams& params) {
     using T = decltype(x);
     if constexpr (!std::is_same_v<T, double>) {
       if (!any) {
-        allow_shared_memory(rms_norm_backward_kernel<T>, kMaxRingBytes);
+        allow_shared_memory(rms_norm_backward_kernel<T>, ring_bytes(kMaxBlock, 3));
         TTF_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &per_sm, rms_norm_backward_kernel<T>, layout.block, ring_bytes(params, layout)));
+            &per_sm, rms_norm_backward_kernel<T>, layout.block,
+            ring_bytes(layout.block, row_parts(params))));
         return;
       }
     }
@@ -52,9 +49,9 @@ void launch_rms_norm_backward(const RmsNormBackwardParams& params, int blocks,
     using T = decltype(x);
     if constexpr (!std::is_same_v<T, double>) {
       if (layout.threads_per_row > 0) {
+        const size_t shared_bytes = ring_bytes(layout.block, row_parts(params));
         rms_norm_backward_kernel<T>
-            <<<blocks, layout.block, ring_bytes(params, layout), stream>>>(
-                params, layout.threads_per_row, stages_of(layout));
+            <<<blocks, layout.block, shared_bytes, stream>>>(params, layout.threads_per_row);
         return;
       }
     }

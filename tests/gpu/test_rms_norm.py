@@ -45,11 +45,11 @@ SHAPES = [
     (2, 129, 2048),
     (517, 4096),
     (1100, 8192),
-    (33, 16384),
     # Any rows: a single channel, odd, prime, longer than what registers hold.
     (9, 1),
     (7, 127),
     (3, 1021),
+    (33, 16384),
     (5, 40000),
 ]
 
