@@ -85,9 +85,13 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
                                     bool unit_offset);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                const Tensor& weight, double eps,
+                                                bool unit_offset);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
-                                             bool unit_offset);
+                                             const std::optional<Tensor>& grad_skip,
+                                             bool unit_offset, bool need_weight);
 
 // rope/rope.cpp
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -123,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));

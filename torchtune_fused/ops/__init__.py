@@ -3,6 +3,7 @@
 Each has a reference in plain PyTorch, a fake for tracing and, where it makes sense, a gradient.
 """
 
+from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
@@ -22,6 +23,7 @@ from torchtune_fused.ops.rope import rope
 __all__ = [
     "AdaptedLinear",
     "MaskTiles",
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "decode_gated",
