@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, define_op
+from torchtune_fused.ops.adapters import add_product
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 
 
@@ -83,12 +84,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
         return out.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
-
-
-def add_product(out: Tensor, low: Tensor, weight: Tensor) -> Tensor:
-    """Adds ``low @ weightᵀ`` to ``out`` in place, by the matrix product itself."""
-    out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), weight.t())
-    return out
 
 
 @define_op(
