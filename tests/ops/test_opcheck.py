@@ -103,6 +103,12 @@ CALLS = {
     "adapter_backward": lambda: [
         *([randn(5, 7), randn(5, 4)], [randn(7, 3), randn(4, 2)], randn(5, 5), 0.5),
     ],
+    "adapter_gradients": lambda: [[randn(5, 7)], [randn(7, 3)], randn(5, 3), 0.5],
+    "grouped_product": lambda: [
+        *([randn(5, 8), randn(5, 3), randn(5, 8)], [randn(7, 8), randn(7, 3), randn(4, 8)]),
+        *([2, 1], False),
+    ],
+    "sum_of_products": lambda: [[randn(5, 8), randn(5, 3)], [randn(8, 7), randn(3, 7)]],
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
     ],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, check_tensor, define_op
+from torchtune_fused.ops.grouped_product import rows_of
 
 
 class AdaptedLinear(NamedTuple):
@@ -46,11 +47,6 @@ def check_adapted(
         check_tensor(op, f"bias{suffix}", bias, (n,), "x", x)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """``x`` as a matrix, its last dimension across."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def low_rank(inputs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tensor:
     """``scale * input @ aᵀ`` of each adapter side by side; inside of an op only.
 
@@ -74,12 +70,6 @@ def low_rank(inputs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float)
     return low
 
 
-def add_product(out: Tensor, low: Tensor, weight: Tensor) -> Tensor:
-    """Adds ``low @ weightᵀ`` to ``out`` in place, by the matrix product itself."""
-    out.view(-1, out.shape[-1]).addmm_(rows_of(low), weight.t())
-    return out
-
-
 def adapter_backward(
     grads: Sequence[Tensor], bs: Sequence[Tensor], low: Tensor, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
@@ -98,12 +88,23 @@ def adapter_backward(
     return torch.ops.torchtune_fused.adapter_backward(list(grads), list(bs), low, scale)
 
 
-# An op of its own, so that a compiler leaves the products the places that they write to.
+# What autograd calls: the choice between the two is made below the tracers.
 @define_op(
     "adapter_backward(Tensor[] grads, Tensor[] bs, Tensor low, float scale) -> "
     "(Tensor grad_low, Tensor[] grad_bs)"
 )
-def _adapter_backward(grads, bs, low, scale):
+def _backward(grads, bs, low, scale):
+    ops = torch.ops.torchtune_fused
+    if low.is_cuda and ops.adapter_gradients_takes(grads, bs, low):
+        return ops.adapter_gradients(grads, bs, low, scale)
+    return _reference(grads, bs, low, scale)
+
+
+@define_op(
+    "adapter_gradients(Tensor[] grads, Tensor[] bs, Tensor low, float scale) -> "
+    "(Tensor grad_low, Tensor[] grad_bs)"
+)
+def _reference(grads, bs, low, scale):
     ranks = [b.shape[1] for b in bs]
     grad_low, grad_bs = torch.empty_like(low), []
     columns = grad_low.split(ranks, dim=1), low.split(ranks, dim=1)
@@ -113,6 +114,12 @@ def _adapter_backward(grads, bs, low, scale):
     return grad_low, grad_bs
 
 
+@define_op("adapter_gradients_takes(Tensor[] grads, Tensor[] bs, Tensor low) -> bool")
+def _takes(grads, bs, low):
+    return False  # Only the compiled library has the kernel, and knows for what.
+
+
 @torch.library.register_fake("torchtune_fused::adapter_backward", lib=LIBRARY)
+@torch.library.register_fake("torchtune_fused::adapter_gradients", lib=LIBRARY)
 def _(grads, bs, low, scale):
     return torch.empty_like(low), [b.new_empty(b.shape) for b in bs]

@@ -8,13 +8,12 @@ from torchtune_fused.ops._library import LIBRARY, call, check_floating, define_o
 from torchtune_fused.ops.adapters import (
     AdaptedLinear,
     adapter_backward,
-    add_product,
     check_adapted,
     low_rank,
-    rows_of,
 )
 from torchtune_fused.ops.gated_activation import check_activation, gated_activation
 from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward
+from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 
 
 def lora_gated_mlp(
@@ -102,11 +101,12 @@ def _forward(
     if bias_gate is None and bias_up is None:
         hidden, gate, up = gated_linear(x, w_gate, w_up, activation, True, low_in, low_gate, low_up)
     else:
-        gate = add_product(F.linear(x, w_gate, bias_gate), low_in, low_gate)
-        up = add_product(F.linear(x, w_up, bias_up), low_in, low_up)
+        gate, up = grouped_linear(
+            x, (w_gate, w_up), (bias_gate, bias_up), (low_in, low_in), (low_gate, low_up)
+        )
         hidden = gated_activation(gate, up, activation)
     low_down = low_rank([hidden], [a_down], scale)
-    out = add_product(F.linear(hidden, w_down, bias_down), low_down, b_down)
+    (out,) = grouped_linear(hidden, [w_down], [bias_down], [low_down], [b_down])
     return out, gate, up, low_in, low_down
 
 
@@ -151,8 +151,8 @@ def _autograd(ctx, grad):
     )
     grad_x = grad_a_in = None
     if need_x:
-        grad_x = (grad_gate @ w_gate).addmm_(grad_up, w_up)
-        grad_x = grad_x.addmm_(grad_low_in, torch.cat((a_gate, a_up))).view(x.shape)
+        matrices = w_gate, w_up, torch.cat((a_gate, a_up))
+        grad_x = sum_of_products((grad_gate, grad_up, grad_low_in), matrices).view(x.shape)
     if need_a_gate or need_a_up:
         grad_a_in = grad_low_in.t() @ rows
     grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)

@@ -4,7 +4,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import (
@@ -18,11 +17,10 @@ from torchtune_fused.ops._library import (
 from torchtune_fused.ops.adapters import (
     AdaptedLinear,
     adapter_backward,
-    add_product,
     check_adapted,
     low_rank,
-    rows_of,
 )
+from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 
 
 def lora_linear(
@@ -70,7 +68,7 @@ def lora_linear(
 )
 def _forward(x, adapter_input, weight, bias, a, b, scale):
     low = low_rank([x if adapter_input is None else adapter_input], [a], scale)
-    return add_product(F.linear(x.contiguous(), weight, bias), low, b), low
+    return grouped_linear(x.contiguous(), [weight], [bias], [low], [b])[0], low
 
 
 @torch.library.register_fake("torchtune_fused::lora_linear", lib=LIBRARY)
@@ -95,12 +93,13 @@ def _autograd(ctx, grad):
     seen = rows if adapter_input is None else rows_of(adapter_input)
 
     grad_low, (grad_b,) = adapter_backward([grad], [b], rows_of(low), ctx.scale)
-    grad_x = grad @ weight if need_x else None
-    if need_x and adapter_input is None:
-        # Into the sum itself, where torch.addmm would copy it first.
-        grad_x.addmm_(grad_low, a)
+    grad_x = None
+    if need_x:
+        both = adapter_input is None
+        grads, matrices = ([grad, grad_low], [weight, a]) if both else ([grad], [weight])
+        grad_x = sum_of_products(grads, matrices).view(ctx.shape)
     return (
-        None if grad_x is None else grad_x.view(ctx.shape),
+        grad_x,
         (grad_low @ a).view(ctx.shape) if need_input else None,
         grad.t() @ rows if need_weight else None,
         grad.sum(0) if need_bias else None,

@@ -6,7 +6,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import (
@@ -20,11 +19,10 @@ from torchtune_fused.ops._library import (
 from torchtune_fused.ops.adapters import (
     AdaptedLinear,
     adapter_backward,
-    add_product,
     check_adapted,
     low_rank,
-    rows_of,
 )
+from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 
 _NAMES = "q", "k", "v"
 
@@ -80,17 +78,16 @@ def _forward(x, *arguments):
     *tensors, scale = arguments
     weights, biases, a, b, seen = (tensors[i : i + 3] for i in range(0, 15, 3))
     rows = x.contiguous()
-    out = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
-    adapted = _adapted(a)
-    if not adapted:
-        return *out, x.new_empty(0)
-    inputs = [rows if seen[i] is None else seen[i] for i in adapted]
-    matrices = [a[i] for i in adapted]
-    low = low_rank(inputs, matrices, scale)
-    own = low.split([matrix.shape[0] for matrix in matrices], dim=-1)
-    for i, own_low in zip(adapted, own, strict=True):
-        add_product(out[i], own_low, b[i])
-    return *out, low
+    adapted, own_low = _adapted(a), [None] * 3
+    low = x.new_empty(0)
+    if adapted:
+        inputs = [rows if seen[i] is None else seen[i] for i in adapted]
+        matrices = [a[i] for i in adapted]
+        low = low_rank(inputs, matrices, scale)
+        columns = low.split([matrix.shape[0] for matrix in matrices], dim=-1)
+        for i, own in zip(adapted, columns, strict=True):
+            own_low[i] = own
+    return *grouped_linear(rows, weights, biases, own_low, b), low
 
 
 def _adapted(a: Sequence[Tensor | None]) -> list[int]:
@@ -124,11 +121,7 @@ def _autograd(ctx, *grads):
     grads = [rows_of(grad) for grad in grads]
     rows = None if x is None else rows_of(x)
 
-    grad_x = None
-    if need_x:
-        # Into the sum itself, where torch.addmm would copy it first.
-        grad_x = grads[0] @ weights[0]
-        grad_x.addmm_(grads[1], weights[1]).addmm_(grads[2], weights[2])
+    terms = list(zip(grads, weights, strict=True))  # of the gradient of x
     grad_a, grad_b, grad_seen = [None] * 3, [None] * 3, [None] * 3
     adapted = _adapted(a)
     if adapted and (need_x or any(need_seen) or any(need_a) or any(need_b)):
@@ -144,8 +137,8 @@ def _autograd(ctx, *grads):
         for group, own, part in zip(groups, ranks, parts, strict=True):
             first = group[0]
             matrix = a[first] if len(group) == 1 else torch.cat([a[i] for i in group])
-            if need_x and seen[first] is None:
-                grad_x.addmm_(part, matrix)
+            if seen[first] is None:
+                terms.append((part, matrix))
             if need_seen[first]:
                 grad_seen[first] = (part @ matrix).view(ctx.shape)
             if any(need_a[i] for i in group):
@@ -154,7 +147,7 @@ def _autograd(ctx, *grads):
                     grad_a[i] = grad_of_a if need_a[i] else None
 
     return (
-        None if grad_x is None else grad_x.view(ctx.shape),
+        sum_of_products(*zip(*terms, strict=True)).view(ctx.shape) if need_x else None,
         *(g.t() @ rows if need else None for g, need in zip(grads, need_weights, strict=True)),
         *(g.sum(0) if need else None for g, need in zip(grads, need_biases, strict=True)),
         *grad_a,
