@@ -9,10 +9,17 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
+
+// adapter/adapter.cpp
+bool adapter_gradients_takes(std::vector<Tensor> grads, std::vector<Tensor> bs, const Tensor& low);
+std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> grads,
+                                                          std::vector<Tensor> bs,
+                                                          const Tensor& low, double scale);
 
 // attention/attention.cpp
 Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -73,6 +80,12 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
                                                      const Tensor& up, std::string activation,
                                                      bool need_hidden);
 
+// mlp/grouped_product.cpp
+bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                           std::vector<int64_t> terms, bool across);
+std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                                    std::vector<int64_t> terms, bool across);
+
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
                       int64_t ignore_index, double softcap, double z_loss, bool backward);
@@ -119,6 +132,10 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("adapter_gradients_takes", TORCH_BOX(&adapter_gradients_takes));
+  m.impl("adapter_gradients", TORCH_BOX(&adapter_gradients));
+  m.impl("grouped_product_takes", TORCH_BOX(&grouped_product_takes));
+  m.impl("grouped_product", TORCH_BOX(&grouped_product));
   m.impl("gated_linear_takes", TORCH_BOX(&gated_linear_takes));
   m.impl("gated_linear", TORCH_BOX(&gated_linear));
   m.impl("gated_linear_backward", TORCH_BOX(&gated_linear_backward));
