@@ -115,6 +115,12 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
                                         const Tensor& sin, const std::optional<Tensor>& input_pos,
                                         double eps, bool interleaved, bool norm_before_rope,
                                         bool inverse);
+Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& q_norm,
+                           const std::optional<Tensor>& k_norm, const Tensor& cos,
+                           const Tensor& sin, const std::optional<Tensor>& input_pos, double eps,
+                           bool interleaved, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                           Tensor cache_pos);
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
     const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
@@ -148,6 +154,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_append", TORCH_BOX(&qk_norm_rope_append));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

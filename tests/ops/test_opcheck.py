@@ -156,6 +156,11 @@ CALLS = {
         *(None, None, 0.3, 4),
     ],
     "mask_tiles": lambda: [MASK],
+    "qk_norm_rope_append": lambda: [
+        *(randn(2, 3, 6, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(8), randn(8)),
+        *(randn(5, 4), randn(5, 4), torch.tensor([4, 0, 2]), 1e-6, True, False),
+        *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
+    ],
     "kv_cache_update": lambda: [
         *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
         *(randn(2, 2, 3, 8), randn(2, 2, 3, 8)),

@@ -18,6 +18,7 @@ from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
 from torchtune_fused.ops.lora_gated_mlp import lora_gated_mlp
 from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
+from torchtune_fused.ops.qk_norm_rope_append import qk_norm_rope_append
 from torchtune_fused.ops.qkv_linear import qkv_linear
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
@@ -42,6 +43,7 @@ __all__ = [
     "lora_linear",
     "mask_tiles",
     "qk_norm_rope",
+    "qk_norm_rope_append",
     "qkv_linear",
     "rms_norm",
     "rope",
