@@ -12,6 +12,7 @@ import torch
 from torchtune_fused.build import load_kernels
 from torchtune_fused.ops import (
     AdaptedLinear,
+    add_rms_norm,
     attention,
     attention_decode,
     decode_gated,
@@ -26,6 +27,8 @@ from torchtune_fused.ops import (
     lora_linear,
     mask_tiles,
     qk_norm_rope,
+    qk_norm_rope_append,
+    qkv_linear,
     rms_norm,
 )
 
@@ -109,7 +112,9 @@ def attentions(deterministic=False):
 
 def norms_and_rotations():
     for rows, dim in [(1, 64), (67, 64), (5, 2048), (3, 4096 + 8)]:
-        backward(rms_norm(normal(rows, dim).requires_grad_(), weight(dim), 1e-6))
+        x, residual = (normal(rows, dim).requires_grad_() for _ in range(2))
+        backward(rms_norm(x, weight(dim), 1e-6))
+        backward(*add_rms_norm(x, residual, weight(dim), 1e-6))
     for d in (64, 128):
         tables = torch.rand(2, 67, d // 2, device=DEVICE)
         for norms in (None, (weight(d), weight(d))):
@@ -117,7 +122,11 @@ def norms_and_rotations():
             backward(*qk_norm_rope(*heads, *tables, interleaved=True, head_norms=norms))
     caches = [normal(2, 2, 70, 64) for _ in range(2)]
     slots = torch.arange(70, device=DEVICE)
-    kv_cache_update(*caches, slots, normal(2, 2, 67, 64), normal(2, 2, 67, 64))
+    kv_cache_update(*caches, slots, normal(2, 2, 33, 64), normal(2, 2, 33, 64))
+    tables = torch.rand(2, 67, 32, device=DEVICE)
+    heads = [normal(2, 33, h, 64) for h in (4, 2, 2)]
+    with torch.no_grad():
+        qk_norm_rope_append(*heads, *caches, slots, *tables, interleaved=True)
 
 
 def products():
@@ -131,6 +140,7 @@ def products():
         ]
         backward(lora_gated_mlp(x, *adapted, scale=2.0))
         backward(lora_linear(x, *adapted[0][:3], scale=2.0))
+        backward(*qkv_linear(x, *adapted[:2], AdaptedLinear(weight(hidden, dim))))
         targets = torch.randint(hidden, (tokens,), device=DEVICE)
         backward(linear_cross_entropy(x, weight(hidden, dim), targets))
 
