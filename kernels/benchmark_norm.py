@@ -9,38 +9,21 @@ is that of autograd, but for the case of that name, which is the norm's alone.
 """
 
 import argparse
-from statistics import median
 
 import torch
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
 from torchtune_fused.build import load_kernels
+from torchtune_fused.kernels.timing import captured_microseconds
 from torchtune_fused.ops import add_rms_norm, qk_norm_rope, rms_norm
 
-TOKENS, COPIES, REPLAYS = 8192, 6, 20
+TOKENS, COPIES = 8192, 6
 rms_norm_backward = torch.ops.torchtune_fused.rms_norm_backward
 
 
 def microseconds(run, inputs):
-    """Median time of ``run`` on one of the inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run(*inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(*each) for each in inputs]  # noqa: F841, else outputs would share memory
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return median(times) / len(inputs)
+    """Median time of ``run`` on one of the inputs; their outputs do not share memory."""
+    return captured_microseconds(lambda: [run(*each) for each in inputs], len(inputs))
 
 
 def report(case, time, size, copy):
