@@ -1,6 +1,6 @@
 """Times RMSNorm and the rotation of queries and keys on one GPU, forward and backward.
 
-    python -m torchtune_fused.kernels.benchmark_norm [--cases norm rope] [--systems ours]
+    python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum rope] [--systems ours]
 
 8192 tokens in bf16, beside torchtune's modules, eager and compiled. Calls run in a captured CUDA
 graph over enough distinct inputs that nothing is read twice from L2; a figure is the median of 20
@@ -9,37 +9,20 @@ is that of autograd.
 """
 
 import argparse
-from statistics import median
 
 import torch
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
 from torchtune_fused.build import load_kernels
-from torchtune_fused.ops import qk_norm_rope, rms_norm
+from torchtune_fused.kernels.timing import captured_microseconds
+from torchtune_fused.ops import add_rms_norm, qk_norm_rope, rms_norm
 
-TOKENS, COPIES, REPLAYS = 8192, 6, 20
+TOKENS, COPIES = 8192, 6
 
 
 def microseconds(run, inputs):
-    """Median time of ``run`` on one of the inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run(*inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(*each) for each in inputs]  # noqa: F841, else outputs would share memory
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return median(times) / len(inputs)
+    """Median time of ``run`` on one of the inputs; their outputs do not share memory."""
+    return captured_microseconds(lambda: [run(*each) for each in inputs], len(inputs))
 
 
 def report(case, time, size, copy):
@@ -106,6 +89,26 @@ def norm(chosen, copy):
         race(f"RMSNorm {rows} x {dim}", systems, chosen, inputs, grads, (2 * size, 3 * size), copy)
 
 
+def of_sum(chosen, copy):
+    for dim in (2048, 4096):
+        module = RMSNorm(dim, eps=1e-5).cuda().bfloat16()
+
+        def stock(x, residual, weight, module=module):
+            total = residual + x
+            return torch.func.functional_call(module, {"scale": weight}, total), total
+
+        inputs = [(normal(TOKENS, dim), normal(TOKENS, dim), normal(dim)) for _ in range(COPIES)]
+        grads = [(normal(TOKENS, dim), normal(TOKENS, dim)) for _ in range(COPIES)]
+        size = inputs[0][0].nbytes
+        systems = {
+            "ours": lambda x, residual, w: add_rms_norm(x, residual, w, 1e-5),
+            "torchtune compiled": torch.compile(stock, dynamic=False),
+            "torchtune": stock,
+        }
+        case = f"RMSNorm of a sum {TOKENS} x {dim}"
+        race(case, systems, chosen, inputs, grads, (4 * size, 4 * size), copy)
+
+
 def rope(chosen, copy):
     for d, normed in ((64, False), (128, False), (128, True)):
         module = RotaryPositionalEmbeddings(d, max_seq_len=TOKENS).cuda()
@@ -142,7 +145,10 @@ def rope(chosen, copy):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cases, systems = {"norm": norm, "rope": rope}, ["ours", "torchtune compiled", "torchtune"]
+    cases, systems = (
+        {"norm": norm, "sum": of_sum, "rope": rope},
+        ["ours", "torchtune compiled", "torchtune"],
+    )
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
     chosen = parser.parse_args()

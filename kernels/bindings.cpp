@@ -98,9 +98,13 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
                                     bool unit_offset);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                const Tensor& weight, double eps,
+                                                bool unit_offset);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
-                                             bool unit_offset);
+                                             const std::optional<Tensor>& grad_skip,
+                                             bool unit_offset, bool need_weight);
 
 // rope/rope.cpp
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -111,6 +115,12 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
                                         const Tensor& sin, const std::optional<Tensor>& input_pos,
                                         double eps, bool interleaved, bool norm_before_rope,
                                         bool inverse);
+Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& q_norm,
+                           const std::optional<Tensor>& k_norm, const Tensor& cos,
+                           const Tensor& sin, const std::optional<Tensor>& input_pos, double eps,
+                           bool interleaved, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                           Tensor cache_pos);
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
     const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
@@ -140,9 +150,11 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_append", TORCH_BOX(&qk_norm_rope_append));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -30,7 +30,16 @@ def head():
 CALLS = {
     "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
     "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
-    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), False],
+    "rms_norm_backward": lambda: [
+        *(randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), None, False, True),
+    ],
+    "rms_norm_backward skip": lambda: [
+        *(randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), randn(2, 5, 8), True, False),
+    ],
+    "add_rms_norm": lambda: [
+        *(randn(2, 5, 8, grad=True), randn(2, 5, 8, grad=True), randn(8, grad=True)),
+        *(1e-6, False),
+    ],
     "rope": lambda: [randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4), None, True, False],
     "rope positions": lambda: [
         *(randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4)),
@@ -147,6 +156,11 @@ CALLS = {
         *(None, None, 0.3, 4),
     ],
     "mask_tiles": lambda: [MASK],
+    "qk_norm_rope_append": lambda: [
+        *(randn(2, 3, 6, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(8), randn(8)),
+        *(randn(5, 4), randn(5, 4), torch.tensor([4, 0, 2]), 1e-6, True, False),
+        *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
+    ],
     "kv_cache_update": lambda: [
         *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
         *(randn(2, 2, 3, 8), randn(2, 2, 3, 8)),
@@ -161,7 +175,9 @@ def test_opcheck(call):
 
 def test_every_differentiable_op_under_torch_compile():
     def step(x, weight, cos, sin, w_gate, w_up, w_down):
-        h = torchtune_fused.ops.rms_norm(x, weight)
+        h, x = torchtune_fused.ops.add_rms_norm(x, None, weight)
+        h, x = torchtune_fused.ops.add_rms_norm(x, h, weight)
+        h = x + torchtune_fused.ops.rms_norm(h, weight)
         q = torchtune_fused.ops.rope(h.unflatten(-1, (2, 4)), cos, sin, interleaved=True)
         q = q.transpose(1, 2)
         h = torchtune_fused.ops.attention(q, q, q, causal=True).transpose(1, 2).flatten(2)
