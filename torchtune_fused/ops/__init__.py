@@ -3,8 +3,8 @@
 Each has a reference in plain PyTorch, a fake for tracing and, where it makes sense, a gradient.
 """
 
-from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.adapters import AdaptedLinear
+from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
