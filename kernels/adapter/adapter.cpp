@@ -31,8 +31,8 @@ bool adapter_gradients_takes(std::vector<Tensor> grads, std::vector<Tensor> bs, 
 }
 
 std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> grads,
-                                                          std::vector<Tensor> bs,
-                                                          const Tensor& low, double scale) {
+                                                          std::vector<Tensor> bs, const Tensor& low,
+                                                          double scale) {
   TTF_CHECK(adapter_gradients_takes(grads, bs, low),
             "adapter_gradients has no kernel for this case");
   const LaunchContext context(low);

@@ -38,7 +38,8 @@ int64_t plan_adapter_backward(AdapterBackwardParams& p) {
   // One wave of two blocks an SM (one where shared memory holds no more), so that few sums are
   // partial and no block is late.
   const DeviceProperties& device = device_properties();
-  const int slots = device.num_sms * (device.max_shared_per_block > 2 * kAdapterSharedBytes ? 2 : 1);
+  const int slots =
+      device.num_sms * (device.max_shared_per_block > 2 * kAdapterSharedBytes ? 2 : 1);
   p.chunks = divide_up(p.rows, kChunk);
   p.chunks_per_block = divide_up(p.chunks, std::max(1, slots / column_blocks));
   p.token_blocks = divide_up(p.chunks, p.chunks_per_block);

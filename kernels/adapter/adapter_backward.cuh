@@ -2,11 +2,12 @@
 // grad_low = scale * grad b and grad_b = grad^T low, for up to three layers in one launch.
 //
 // Grid: 512 columns of one layer, by a run of chunks of 64 tokens. A block of 8 warps goes through
-// tiles of 64 tokens x 128 columns, 16 columns a warp, in a ring of three copied ahead (cp.async). All
-// products have the rank as their 16 rows: grad_low^T = b^T grad^T, whose columns are the chunk's
-// tokens, summed over the block's columns; and grad_b^T = low^T grad, whose columns are the warp's,
-// summed over the block's tokens. Both leave as partial sums in fp32, for a second kernel to add up
-// in a fixed order.
+// tiles of 64 tokens x 128 columns, 16 columns a warp, in a ring of three copied ahead (cp.async).
+// All products have the rank as their 16 rows: grad_low^T = b^T grad^T, whose columns are the
+// chunk's tokens, summed over the block's columns; and grad_b^T = low^T grad, whose columns are the
+// warp's, summed over the block's tokens. Both leave as partial sums in fp32, for a second kernel
+// to add up in a fixed order.
+//
 // Memory: grad [rows, n], b [n, rank], row-major; of all layers side by side low and grad_low,
 // [rows, ranks]. Partial sums of grad_low [column block][chunk][16][64], of grad_b
 // [token block][n / 16][16][16].
@@ -23,8 +24,8 @@ constexpr int kTileColumns = 128, kTiles = kAdapterColumns / kTileColumns;
 constexpr int kTileBytes = kChunk * kTileColumns * 2, kAdapterStages = 3;
 constexpr int kLowBytes = kChunk * kAdapterRank * 2;
 constexpr int kSumRow = kChunk + 8;  // floats, so that the rows of a fragment lie in other banks
-constexpr int kAdapterSharedBytes = kAdapterStages * kTileBytes + 2 * kLowBytes +
-                                    kAdapterWarps * kAdapterRank * kSumRow * 4;
+constexpr int kAdapterSharedBytes =
+    kAdapterStages * kTileBytes + 2 * kLowBytes + kAdapterWarps * kAdapterRank * kSumRow * 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kAdapterThreads, 2)
@@ -97,9 +98,8 @@ __global__ void __launch_bounds__(kAdapterThreads, 2)
         const uint32_t own = lows + step / kTiles % 2 * kLowBytes;
 #pragma unroll
         for (int i = 0; i < kChunk / 16; ++i) {
-          load_matrix_x4_transposed(low_rows[i], own +
-                                                     (16 * i + matrix_row) * kAdapterRank * 2 +
-                                                     matrix_piece * 16);
+          load_matrix_x4_transposed(
+              low_rows[i], own + (16 * i + matrix_row) * kAdapterRank * 2 + matrix_piece * 16);
         }
       }
       const uint32_t tile = tiles + step % kAdapterStages * kTileBytes;
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kAdapterThreads)
         from += int64_t(columns) * kAdapterRank;
       }
       if (column < layer.n && r < layer.rank) {
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(layer.grad_b) +
-                                     int64_t(column) * layer.rank + r) = pack<T>(x, y);
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(layer.grad_b) + int64_t(column) * layer.rank +
+                                     r) = pack<T>(x, y);
       }
       return;
     }

@@ -1,10 +1,12 @@
-// Up to three sums of matrix products in one launch on Hopper: linear layers of one input with their
-// adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad weight. No sum
-// leaves the registers before it is complete, so nothing is read back from memory to be added to.
+// Up to three sums of matrix products in one launch on Hopper: linear layers of one input with
+// their adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad
+// weight. No sum leaves the registers before it is complete, so none is read back from memory.
 //
-// Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's columns.
+// Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's tile.
+//
 // Memory: outputs [rows, n], first operands [rows, k], second ones [n, k], or [k, n] with kAcrossK;
 // row-major.
+//
 // Grid and shared memory as product.cuh says, with two boxes for the outputs of each warpgroup.
 #pragma once
 
@@ -16,7 +18,7 @@ namespace torchtune_fused {
 struct GroupedProductMaps {
   CUtensorMap first[kMaxTerms];   // tiles of 128 rows
   CUtensorMap second[kMaxTerms];  // of 128 rows; with kAcrossK of 64 rows
-  CUtensorMap out[kMaxSums];   // of 64 rows
+  CUtensorMap out[kMaxSums];      // of 64 rows
 };
 
 struct GroupedProductShape {
@@ -32,7 +34,7 @@ constexpr int kGroupedSharedBytes = 1024 + Ring<kGroupedStages>::kBytes + 2 * 2 
 template <typename T, bool kAcrossK>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     grouped_product_kernel(const __grid_constant__ GroupedProductMaps maps,
-                          const __grid_constant__ GroupedProductShape shape) {
+                           const __grid_constant__ GroupedProductShape shape) {
   extern __shared__ uint8_t raw[];
   uint8_t* shared = align_1024(raw);
   const uint32_t boxes = shared_address(shared);

@@ -66,7 +66,7 @@ struct GatedLinearBackwardParams {
 
 // Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`.
 constexpr int kMaxSums = 3, kMaxTerms = 6;
-constexpr int kClusterTile = 256;  // rows and columns of an output that a cluster of two blocks takes
+constexpr int kClusterTile = 256;  // rows and columns that a cluster of two blocks takes at a time
 
 struct ProductTerm {
   const void* first;     // [rows, k]
@@ -76,7 +76,7 @@ struct ProductTerm {
 };
 
 struct GroupedProductParams {
-  void* outs[kMaxSums];          // [rows, n] each
+  void* outs[kMaxSums];  // [rows, n] each
   int n[kMaxSums];
   ProductTerm terms[kMaxTerms];  // those of one output after those of another
   int term_ends[kMaxSums];       // how many terms there are up to and with those of an output
