@@ -12,23 +12,21 @@ struct FlashBackwardSm80 {
 
 namespace {
 
-constexpr int kRowWarps = 8;   // of a block of the passes before and after
+constexpr int kThreads = 256;  // of a block of the passes before and after
 constexpr int kRowLanes = 16;  // of the pass before, that share a query
 
-// kRowLanes lanes per query, padding included: delta = sum(grad_out * out), and zeros for the sums
-// of dQ.
+// Grid: queries, heads, batch. kRowLanes lanes per query, padding included: delta = sum(grad_out *
+// out), and zeros for the sums of dQ.
 template <typename T>
-__global__ void __launch_bounds__(32 * kRowWarps)
+__global__ void __launch_bounds__(kThreads)
     row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                      const __grid_constant__ FlashBackwardWorkspace workspace) {
   const FlashAttentionParams& p = params.forward;
+  const int64_t head = blockIdx.y, batch = blockIdx.z;
   const int lane = threadIdx.x % kRowLanes;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kRowLanes;
-  const int query = row % workspace.padded_queries;
-  const int64_t head = row / workspace.padded_queries % p.heads;
-  const int64_t batch = row / workspace.padded_queries / p.heads;
+  const int query = (blockIdx.x * kThreads + threadIdx.x) / kRowLanes;
   RowStats stats = {0.f, 0.f};
-  if (batch < p.batch && query < p.queries) {
+  if (query < p.queries) {
     const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
                    query * p.out_stride[2];
     const T* grad = static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
@@ -44,44 +42,51 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
     stats.delta += __shfl_xor_sync(~0u, stats.delta, offset);
   }
-  if (batch >= p.batch) return;
+  const int64_t row = (batch * p.heads + head) * workspace.padded_queries + query;
   if (lane == 0) workspace.stats[row] = stats;
   if (params.deterministic) return;
   float4* sums = reinterpret_cast<float4*>(workspace.grad_q + row * workspace.padded_dim);
   for (int i = lane; i < workspace.padded_dim / 4; i += kRowLanes) sums[i] = {0.f, 0.f, 0.f, 0.f};
 }
 
-// A warp per 16 queries: the fp32 sums of dQ, times the scale.
+// Grid: queries, heads, batch. The fp32 sums of dQ, times the scale: a thread takes 8 columns of
+// two rows of an mma, four threads side by side 32 columns.
 template <typename T>
-__global__ void __launch_bounds__(32 * kRowWarps)
+__global__ void __launch_bounds__(kThreads)
     convert_grad_q_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                           const __grid_constant__ FlashBackwardWorkspace workspace) {
   const FlashAttentionParams& p = params.forward;
-  const int lane = threadIdx.x % 32, group_row = lane / 4, quad = lane % 4;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
-  const int tiles = workspace.padded_queries / 16;
-  const int64_t head = tile / tiles % p.heads, batch = tile / tiles / p.heads;
-  if (batch >= p.batch) return;
-  const float* sums = workspace.grad_q + tile * 16 * workspace.padded_dim;
-  T* rows = static_cast<T*>(params.grad_q) + batch * params.grad_q_stride[0] +
-            head * params.grad_q_stride[1];
+  const int64_t head = blockIdx.y, batch = blockIdx.z;
+  const unsigned thread = blockIdx.x * kThreads + threadIdx.x, part = thread / 32;
+  const unsigned parts = workspace.padded_dim / 32;
+  const int column = (part % parts * 4 + thread % 4) * 8, row = thread / 4 % 8;
+  const int query = part / parts * 16 + row;
+  if (query >= p.queries || column >= p.head_dim) return;
+  const float* sums =
+      workspace.grad_q + (((batch * p.heads + head) * workspace.padded_queries + query - row) *
+                              workspace.padded_dim +
+                          column * 16);
+  float rows[2][8];
+  read_fragment_rows(rows, sums, row);
+  T* target = static_cast<T*>(params.grad_q) + batch * params.grad_q_stride[0] +
+              head * params.grad_q_stride[1] + query * params.grad_q_stride[2] + column;
   const float scale = static_cast<float>(p.scale);
-#pragma unroll 4
-  for (int column = 0; column < p.head_dim; column += 8) {
-    float d[4];
-    read_fragment(d, sums + column * 16, lane);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int query = tile % tiles * 16 + j * 8 + group_row;
-      if (query >= p.queries) continue;
-      *reinterpret_cast<uint32_t*>(rows + query * params.grad_q_stride[2] + column + quad * 2) =
-          pack<T>(d[2 * j] * scale, d[2 * j + 1] * scale);
+  for (int j = 0; j < 2; ++j) {
+    if (query + 8 * j >= p.queries) continue;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = pack<T>(rows[j][2 * i] * scale, rows[j][2 * i + 1] * scale);
     }
+    *reinterpret_cast<uint4*>(target + 8 * j * params.grad_q_stride[2]) = {words[0], words[1],
+                                                                           words[2], words[3]};
   }
 }
 
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>((threads + 32 * kRowWarps - 1) / (32 * kRowWarps));
+// Of the passes before and after, with so many threads per head.
+dim3 grid_for(const FlashAttentionParams& p, int64_t threads) {
+  return dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads), p.heads, p.batch);
 }
 
 }  // namespace
@@ -104,7 +109,8 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   const bool half = p.forward.dtype == DType::kFloat16;
 
   const auto row_stats = half ? row_stats_kernel<__half> : row_stats_kernel<__nv_bfloat16>;
-  row_stats<<<blocks_for(workspace.rows(p) * kRowLanes), 32 * kRowWarps, 0, stream>>>(p, workspace);
+  row_stats<<<grid_for(p.forward, int64_t{kRowLanes} * workspace.padded_queries), kThreads, 0,
+              stream>>>(p, workspace);
   TTF_CUDA_CHECK(cudaGetLastError());
   switch (workspace.padded_dim) {
     case 64:
@@ -122,7 +128,8 @@ void launch_flash_backward_sm80(const FlashAttentionBackwardParams& p, void* mem
   if (!p.deterministic) {
     const auto convert =
         half ? convert_grad_q_kernel<__half> : convert_grad_q_kernel<__nv_bfloat16>;
-    convert<<<blocks_for(workspace.rows(p) * 2), 32 * kRowWarps, 0, stream>>>(p, workspace);
+    const int64_t threads = int64_t{workspace.padded_queries} * workspace.padded_dim / 16;
+    convert<<<grid_for(p.forward, threads), kThreads, 0, stream>>>(p, workspace);
     TTF_CUDA_CHECK(cudaGetLastError());
   }
 }

@@ -162,15 +162,20 @@ __device__ __forceinline__ void add_fragment(float* sums, int lane, const float 
 #endif
 }
 
-// The sums as add_fragment left them.
-__device__ __forceinline__ void read_fragment(float (&d)[4], const float* sums, int lane) {
-#if __CUDA_ARCH__ >= 900
-  const float4 v = reinterpret_cast<const float4*>(sums)[lane];
-  d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
-#else
+// Rows `row` and `row + 8` (of 0 to 7) of the sums that add_fragment left.
+__device__ __forceinline__ void read_fragment_rows(float (&rows)[2][8], const float* sums,
+                                                   int row) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = sums[i * 32 + lane];
+  for (int i = 0; i < 4; ++i) {
+#if __CUDA_ARCH__ >= 900  // lane 4 row + i
+    const float4 v = reinterpret_cast<const float4*>(sums)[4 * row + i];
+    rows[0][2 * i] = v.x, rows[0][2 * i + 1] = v.y, rows[1][2 * i] = v.z, rows[1][2 * i + 1] = v.w;
+#else  // value i of the row's four lanes
+    const float4 v = reinterpret_cast<const float4*>(sums + 32 * i)[row];
+    float* side = rows[i / 2] + i % 2;
+    side[0] = v.x, side[2] = v.y, side[4] = v.z, side[6] = v.w;
 #endif
+  }
 }
 
 }  // namespace torchtune_fused
