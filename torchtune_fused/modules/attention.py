@@ -8,6 +8,7 @@ from torchtune.modules import KVCache, MultiHeadAttention
 
 from torchtune_fused.modules._plain import in_autocast, share_state
 from torchtune_fused.modules.block_mask import dense_mask, mask_arguments, tiles_of
+from torchtune_fused.modules.lora_linear import fuse_qkv
 from torchtune_fused.modules.rms_norm import head_norms
 from torchtune_fused.modules.rope import rope_tables, rotation
 from torchtune_fused.ops import (
@@ -99,15 +100,13 @@ class FusedAttention(MultiHeadAttention):
         if isinstance(mask, BlockMask) and (caching or not x.is_cuda):
             mask = dense_mask(mask)
 
-        q = self._split_heads(self.q_proj(x))
         if y is None:
             if not caching:
                 raise ValueError("attention needs y, or an enabled KV cache to attend to")
-            q = self._place(q, self.q_norm, input_pos)
+            q = self._place(self._split_heads(self.q_proj(x)), self.q_norm, input_pos)
             k, v = cache.k_cache, cache.v_cache
         else:
-            k = self._split_heads(self.k_proj(y))
-            v = self._split_heads(self.v_proj(y))
+            q, k, v = (self._split_heads(t) for t in self._project(x, y))
             if caching and y is x and self._can_decode(cache, q, k, v, mask):
                 q = self._append(cache, q, k, v, input_pos)
                 return self._merge_heads(self._decode(cache, q, mask))
@@ -117,6 +116,14 @@ class FusedAttention(MultiHeadAttention):
                 if y is x:
                     mask, window = self._mask_of_slots(cache, q, mask), None
         return self._merge_heads(self._attend(q, k, v, mask, causal, window))
+
+    def _project(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``y``: as one op, where gradients gain by it."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        fused = fuse_qkv(x, *projections) if y is x and torch.is_grad_enabled() else None
+        if fused is not None:
+            return fused
+        return tuple(module(t) for module, t in zip(projections, (x, y, y), strict=True))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
