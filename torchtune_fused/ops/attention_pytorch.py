@@ -61,7 +61,7 @@ def cudnn_is_faster(
                                        the exceptions that follow
     of these, causal with   ours       there our Hopper kernel is the faster one
     d = 64, or with d = 128
-    and s at most 2048
+    and s at most 1024
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
     deterministic           ours       cuDNN doesn't promise the order of its sums
@@ -81,7 +81,7 @@ def cudnn_is_faster(
         bool: True for cuDNN.
     """
     d, s = q.shape[-1], q.shape[2]
-    ours_is = causal and (d == 64 or (d == 128 and s <= 2048))
+    ours_is = causal and (d == 64 or (d == 128 and s <= 1024))
     return (
         not (hidden or deterministic or ours_is)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
