@@ -30,14 +30,13 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   int tile_m, head;
   schedule.locate(blockIdx.x, tile_m, head);
-  int batch = head / p.heads;
+  const int batch = head / p.heads;
   head %= p.heads;
   const int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
   const int queries = min(kBlockM, p.queries - first_query);
-  const auto key_rows = [&](const void* tensor, const int64_t (&stride)[3], int first) {
-    return static_cast<const T*>(tensor) + batch * stride[0] +
-           head / (p.heads / p.kv_heads) * stride[1] + first * stride[2];
-  };
+  const int kv_head = head / (p.heads / p.kv_heads);
+  const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
+  const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
   const uint32_t q_tile = shared_address(shared), do_tile = q_tile + kQueryBytes;
   const uint32_t ring = do_tile + kQueryBytes;
 
@@ -50,11 +49,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
   const auto load_keys = [&](int tile, int stage) {
     const int first = tile * kBlockN;
-    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, key_rows(p.k, p.k_stride, first),
+    load_tile<kBlockN, D, kThreads>(ring + stage * 2 * kKeyBytes, k + first * p.k_stride[2],
                                     p.k_stride[2], p.keys - first, p.head_dim);
-    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes,
-                                    key_rows(p.v, p.v_stride, first), p.v_stride[2], p.keys - first,
-                                    p.head_dim);
+    load_tile<kBlockN, D, kThreads>(ring + (stage * 2 + 1) * kKeyBytes, v + first * p.v_stride[2],
+                                    p.v_stride[2], p.keys - first, p.head_dim);
   };
 
   VisitedTile tile = walk.next();
@@ -84,7 +82,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int stage = 0; tile.exists(); stage ^= 1) {
     const uint32_t k_tile = ring + stage * 2 * kKeyBytes, v_tile = k_tile + kKeyBytes;
     const VisitedTile next = walk.next();
-    forget(head, batch);
+    forget(k);
+    forget(v);
     read_rows.forget();
     read_columns.forget();
     copy_async_wait<0>();

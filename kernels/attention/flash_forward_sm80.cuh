@@ -27,38 +27,44 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group_row = lane / 4, quad = lane % 4;
 
-  int tile_m, head;
-  schedule.locate(blockIdx.x, tile_m, head);
-  int batch = head / p.heads;
-  head %= p.heads;
-  int first_query = (schedule.tiles - 1 - tile_m) * kBlockM;
+  // What only masks need is worked out again for them: registers are short.
+  struct Place {
+    int batch, head, first_query;
+  };
+  const auto locate = [&] {
+    int tile_m, head;
+    schedule.locate(block_index(), tile_m, head);
+    return Place{head / p.heads, head % p.heads, (schedule.tiles - 1 - tile_m) * kBlockM};
+  };
+  const auto [batch, head, first_query] = locate();
+  const int length = filled_keys(p);
   const int queries = min(kBlockM, p.queries - first_query);
   const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
                first_query * p.q_stride[2];
-  const auto key_rows = [&](const void* tensor, const int64_t (&stride)[3], int tile) {
-    return static_cast<const T*>(tensor) + batch * stride[0] +
-           head / (p.heads / p.kv_heads) * stride[1] + tile * kBlockN * stride[2];
-  };
+  const int kv_head = head / (p.heads / p.kv_heads);
+  const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
+  const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
 
   const uint32_t q_tile = shared_address(shared);
   const uint32_t k_tile = q_tile + kBlockM * D * 2, v_tile = k_tile + kBlockN * D * 2;
 
   const auto kind_of = [&](int tile) {
-    const Range keys = {tile * kBlockN, (tile + 1) * kBlockN};
+    const auto [batch, head, first_query] = locate();
     const Range rows = {first_query, min(first_query + kBlockM, p.queries)};
-    return kind_of_keys(p, batch, head, rows, keys, filled_keys(p));
+    const Range keys = {tile * kBlockN, (tile + 1) * kBlockN};
+    return kind_of_keys(p, batch, head, rows, keys, length);
   };
-  const int begin = keys_of_query(p, batch, first_query, filled_keys(p)).begin / kBlockN;
-  const int end = keys_of_query(p, batch, first_query + queries - 1, filled_keys(p)).end;
+  const int begin = keys_of_query(p, batch, first_query, length).begin / kBlockN;
+  const int end = keys_of_query(p, batch, first_query + queries - 1, length).end;
   TileWalk walk(begin, (end + kBlockN - 1) / kBlockN, kind_of);
 
   const auto load_keys = [&](int tile) {
-    load_tile<kBlockN, D, kThreads>(k_tile, key_rows(p.k, p.k_stride, tile), p.k_stride[2],
-                                    filled_keys(p) - tile * kBlockN, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(k_tile, k + tile * kBlockN * p.k_stride[2], p.k_stride[2],
+                                    length - tile * kBlockN, p.head_dim);
   };
   const auto load_values = [&](int tile) {
-    load_tile<kBlockN, D, kThreads>(v_tile, key_rows(p.v, p.v_stride, tile), p.v_stride[2],
-                                    filled_keys(p) - tile * kBlockN, p.head_dim);
+    load_tile<kBlockN, D, kThreads>(v_tile, v + tile * kBlockN * p.v_stride[2], p.v_stride[2],
+                                    length - tile * kBlockN, p.head_dim);
   };
 
   VisitedTile tile = walk.next();
@@ -94,7 +100,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
   while (tile.exists()) {
     const VisitedTile next = walk.next();
-    forget(head, batch, first_query);
+    forget(k);
+    forget(v);
     read_qv.forget();
     read_k.forget();
     copy_async_wait<0>();
@@ -139,13 +146,14 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
       }
     }
     if (tile.partial()) {
-      mask_scores<kBlockN>(s, p, batch, head, filled_keys(p),
+      const auto [batch, head, first_query] = locate();
+      mask_scores<kBlockN>(s, p, batch, head, length,
                            first_query + thread_index() / 32 * (16 * kTilesM),
                            tile.index() * kBlockN);
     }
 
     // The base of a row moves only when the maximum has outgrown it by 2^8: fp32 sums bear that,
-    // and the output is seldom multiplied.
+    // and the output is seldom multiplied. Until then a lane looks at its own scores alone.
     float maximum[2 * kTilesM];
     bool grown = false;
 #pragma unroll
@@ -155,15 +163,15 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
       for (int n = 0; n < kBlockN / 8; ++n) {
         m = fmaxf(m, fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
       }
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
       maximum[r] = m * scale.factor;
       grown |= maximum[r] > base[r] + 8.f;
     }
     if (__any_sync(~0u, grown)) {
 #pragma unroll
       for (int r = 0; r < 2 * kTilesM; ++r) {
-        const float new_base = fmaxf(base[r], maximum[r]);
+        float m = fmaxf(maximum[r], __shfl_xor_sync(~0u, maximum[r], 1));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        const float new_base = fmaxf(base[r], m);
         const float decay = exp2_fast(base[r] - new_base);
         base[r] = new_base;
         sum[r] *= decay;

@@ -13,13 +13,26 @@ namespace torchtune_fused {
 
 // Registers are what these kernels are short of. Without the following the compiler would keep all
 // that it can derive from a value that a loop doesn't change, each in a register of its own.
-template <typename... Ints>
-__device__ __forceinline__ void forget(Ints&... values) {
-  (void(([&] { asm volatile("" : "+r"(values)); })()), ...);
+template <typename T>
+__device__ __forceinline__ void forget(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+template <typename... T>
+__device__ __forceinline__ void forget(T&... values) {
+  (forget(values), ...);
 }
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(index));
   return index;
 }
 
@@ -27,31 +40,29 @@ template <int kColumns>
 struct Tile {
   static constexpr int kPieces = kColumns / 8;
   static constexpr int kRowBytes = 2 * kColumns;
+  static constexpr int kPermuted = kPieces % 8 == 0 ? 8 : kPieces % 4 == 0 ? 4 : 2;  // at a time
   static_assert(kPieces % 2 == 0, "ldmatrix reads two pieces of a row");
 
-  __device__ __forceinline__ static int permutation(int row) {
-    if constexpr (kPieces % 8 == 0) return row & 7;
-    if constexpr (kPieces % 4 == 0) return row >> 1 & 3;
-    return row >> 2 & 1;
-  }
   __device__ __forceinline__ static uint32_t offset(int row, int piece) {
-    return row * kRowBytes + (piece ^ permutation(row)) * 16;
+    return row * kRowBytes + (piece ^ (row / (8 / kPermuted) & (kPermuted - 1))) * 16;
   }
 };
 
 // Where a lane reads its rows of 8 x 8 matrices: `row` and `piece` say which of those at the tile's
-// corner; the others follow at multiples of 8 rows and of two pieces.
+// corner; the others follow at multiples of 8 rows and of two pieces. A tile starts at a multiple
+// of 128 bytes, so that the permutation is one exclusive or with the whole address.
 template <int kColumns>
 struct MatrixReader {
-  uint32_t row_offset, piece_offset;
+  uint32_t corner;
 
   __device__ __forceinline__ MatrixReader(int row, int piece)
-      : row_offset(row * Tile<kColumns>::kRowBytes),
-        piece_offset((piece ^ Tile<kColumns>::permutation(row)) * 16) {}
+      : corner(Tile<kColumns>::offset(row, piece)) {}
   __device__ __forceinline__ uint32_t operator()(uint32_t tile, int rows, int pair) const {
-    return tile + row_offset + (piece_offset ^ (pair * 32)) + rows * Tile<kColumns>::kRowBytes;
+    constexpr int kPairs = Tile<kColumns>::kPermuted / 2;
+    return ((tile + corner) ^ ((pair & (kPairs - 1)) * 32)) + pair / kPairs * (kPairs * 32) +
+           rows * Tile<kColumns>::kRowBytes;
   }
-  __device__ __forceinline__ void forget() { torchtune_fused::forget(piece_offset); }
+  __device__ __forceinline__ void forget() { torchtune_fused::forget(corner); }
 };
 
 // For 16 x 16 blocks: as A [m, k], or as two B side by side from [k, n], transposed.
