@@ -6,7 +6,8 @@ Tensors are as projections give them, [b, s, h, d] in memory, of random bf16. A 
 of 20 runs, those of all contenders taken in turn, each queued behind a pause so that the GPU never
 waits for Python, as in training; arithmetic counts what the mask leaves: 4 flops forward and 10
 backward for each visible pair of tokens and channel. Packed documents are timed with the making of
-the mask, from torchtune's document ids on, and so are the dense masks.
+the mask, from torchtune's document ids on, and so are the dense masks. FlexAttention is compiled;
+its mask is made as torchtune makes it, uncompiled, and by a compiled create_block_mask.
 """
 
 import argparse
@@ -18,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from torchtune_fused.build import load_kernels
+from torchtune_fused.kernels.timing import milliseconds
 from torchtune_fused.ops import attention, document_bounds, mask_tiles
 
 RUNS = 20
-PAUSE = 10_000_000  # cycles, longer than it takes to queue any contender
+PAUSE = 20_000_000  # cycles, longer than it takes to queue any contender
 SHAPES = [  # b, h, h_kv, s, d
     (1, 32, 8, 8192, 128),
     (4, 32, 8, 4096, 128),
@@ -35,7 +37,7 @@ def tokens(b, heads, s, d):
     return torch.randn(b, s, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
 
-def milliseconds(contenders):
+def in_turns(contenders):
     """Median time of each function by name; those that fail are left out."""
     times = {}
     for name, run in contenders.items():
@@ -47,18 +49,13 @@ def milliseconds(contenders):
             print(f"    {name} does not run: {str(error).splitlines()[0][:80]}")
     for _ in range(RUNS):
         for name, measured in times.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(PAUSE)
-            start.record()
-            contenders[name]()
-            end.record()
-            end.synchronize()
-            measured.append(start.elapsed_time(end))
+            measured.append(milliseconds(contenders[name]))
     return {name: median(measured) for name, measured in times.items()}
 
 
 def report(case, contenders, flops=None):
-    times = milliseconds(contenders)
+    times = in_turns(contenders)
     text = []
     for name, time in times.items():
         speed = "" if flops is None else f" = {flops / time / 1e9:.0f} TFLOP/s"
@@ -116,41 +113,42 @@ def packed_rule(ids):
 
 
 def packed():
-    flex = torch.compile(flex_attention, dynamic=False)
-    make_mask = torch.compile(create_block_mask, dynamic=False)
+    eight = torch.full((8,), 1024)
     random = torch.randint(1, 16384, (63,), generator=torch.Generator().manual_seed(0))
     many = torch.tensor([0, *random.sort().values.tolist(), 16384]).diff()
-    d = 128
-    for name, lengths in [
-        ("8 x 1024", torch.full((8,), 1024)),
-        ("64 documents in 16384", many),
-    ]:
-        s = int(lengths.sum())
-        ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].cuda()
-        q, k, v = leaves = [tokens(1, h, s, d).requires_grad_() for h in (32, 8, 8)]
-        grad = tokens(1, 32, s, d)
+    flex = torch.compile(flex_attention, dynamic=False)
+    compiled_mask = torch.compile(create_block_mask, dynamic=False)
+    for name, lengths in [("8 x 1024", eight), ("64 documents in 16384", many)]:
+        report(*documents(name, lengths, flex, compiled_mask))
 
-        def ours(q=q, k=k, v=v, leaves=leaves, grad=grad, ids=ids):
-            out = attention(q, k, v, causal=True, documents=document_bounds(ids))
-            return torch.autograd.grad(out, leaves, grad)
 
-        def theirs(mask=None, q=q, k=k, v=v, leaves=leaves, grad=grad, ids=ids, s=s):
-            if mask is None:
-                mask = make_mask(packed_rule(ids), 1, None, s, s)
-            out = flex(q, k, v, block_mask=mask, enable_gqa=True)
-            return torch.autograd.grad(out, leaves, grad)
+def documents(name, lengths, flex, compiled_mask):
+    """The case of one row of packed documents: its name, contenders, and flops."""
+    s, d = int(lengths.sum()), 128
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None].cuda()
+    q, k, v = leaves = [tokens(1, h, s, d).requires_grad_() for h in (32, 8, 8)]
+    grad = tokens(1, 32, s, d)
 
-        made = make_mask(packed_rule(ids), 1, None, s, s)
-        pairs = (lengths * (lengths + 1) // 2).sum().item()
-        report(
-            f"packed {name}, D {d}, forward + backward",
-            {
-                "ours with mask": ours,
-                "flex with mask": theirs,
-                "flex": lambda run=theirs, made=made: run(made),
-            },
-            14 * 32 * pairs * d,
-        )
+    def ours():
+        out = attention(q, k, v, causal=True, documents=document_bounds(ids))
+        return torch.autograd.grad(out, leaves, grad)
+
+    def theirs(mask):
+        out = flex(q, k, v, block_mask=mask, enable_gqa=True)
+        return torch.autograd.grad(out, leaves, grad)
+
+    def mask(make):
+        return make(packed_rule(ids), 1, None, s, s)
+
+    made = mask(compiled_mask)
+    contenders = {
+        "ours": ours,
+        "flex, torchtune's mask": lambda: theirs(mask(create_block_mask)),
+        "flex, compiled mask": lambda: theirs(mask(compiled_mask)),
+        "flex, mask for free": lambda: theirs(made),
+    }
+    pairs = (lengths * (lengths + 1) // 2).sum().item()
+    return f"packed {name}, D {d}, forward + backward", contenders, 14 * 32 * pairs * d
 
 
 def dense():
@@ -175,7 +173,7 @@ def mask():
     for shape in [(1, 4096, 4096), (8, 4096, 4096), (1, 16384, 16384)]:
         masks = [torch.rand(shape, device="cuda") < 0.5 for _ in range(4)]
         run = {"mask_tiles": lambda masks=masks: [mask_tiles(m) for m in masks]}
-        time = milliseconds(run)["mask_tiles"] / len(masks)
+        time = in_turns(run)["mask_tiles"] / len(masks)
         size = masks[0].nbytes * 9 / 8
         print(f"mask_tiles {list(shape)}: {time * 1e3:.1f} us, {size / time / 1e9:.2f} TB/s")
 

@@ -5,25 +5,23 @@
 Whole steps of Llama-3.2-1B and Llama-3.1-8B with random weights, their linears one by one,
 attention against PyTorch's cuDNN, and sampling. Everything runs in a captured CUDA graph over the
 weights and caches of all layers, so that nothing is read twice from L2; a figure is the median of
-15 replays, divided by the launches of one. Bytes count weights once, and keys and values once.
+20 replays, divided by the launches of one. Bytes count weights once, and keys and values once.
 """
 
 import argparse
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchtune_fused.build import load_kernels
+from torchtune_fused.kernels.timing import captured_microseconds as microseconds
 from torchtune_fused.ops import attention_decode
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
 from torchtune_fused.ops.decode_sample import decode_sample
-
-REPLAYS = 15
 
 
 @dataclass(frozen=True)
@@ -104,29 +102,6 @@ LINEARS = ("out", "gate", "up", "down")
 
 def nbytes(*tensors):
     return sum(t.nbytes for t in tensors)
-
-
-def microseconds(run, launches=1):
-    """Median time of a replay of ``run``, captured, divided by ``launches``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(10):
-        graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return median(times) / launches
 
 
 def report(case, time, size=None):

@@ -16,6 +16,7 @@ import torch
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from torchtune_fused.build import load_kernels
+from torchtune_fused.kernels.timing import milliseconds
 from torchtune_fused.ops import linear_cross_entropy
 
 RUNS = 20
@@ -54,28 +55,23 @@ def step(loss, hidden, weight):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    value = loss(hidden, weight)
-    (value * hidden.shape[1]).backward()
-    end.record()
-    end.synchronize()
+
+    def run():
+        nonlocal value
+        value = loss(hidden, weight)
+        (value * hidden.shape[1]).backward()
+
+    value = None
+    time = milliseconds(run)
     extra = torch.cuda.max_memory_allocated() - before
-    return start.elapsed_time(end), extra / 1e9, value.item()
+    return time, extra / 1e9, value.item()
 
 
 def product_speed(dim):
     """TFLOP/s of a product of bf16 matrices of this size, as the ceiling."""
     a, b = (torch.randn(2 * dim, 2 * dim, device="cuda").bfloat16() for _ in range(2))
-    times = []
-    for _ in range(RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * (2 * dim) ** 3 / median(times) / 1e9
+    time = median(milliseconds(lambda: a @ b) for _ in range(RUNS))
+    return 2 * (2 * dim) ** 3 / time / 1e9
 
 
 def main():

@@ -23,6 +23,7 @@ from torchtune.modules.peft import LoRALinear
 
 from torchtune_fused import patch_model
 from torchtune_fused.build import load_kernels
+from torchtune_fused.kernels.timing import milliseconds
 from torchtune_fused.modules import FusedFeedForward
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 
@@ -36,13 +37,7 @@ def microseconds(contenders: dict[str, Callable]) -> dict[str, float]:
     for _ in range(TURNS + 2):
         for name, run in contenders.items():
             run()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(CALLS):
-                run()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / CALLS)
+            times[name].append(milliseconds(run, CALLS) * 1e3)
     return {name: median(values[2:]) for name, values in times.items()}
 
 

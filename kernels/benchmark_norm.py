@@ -1,45 +1,29 @@
 """Times RMSNorm and the rotation of queries and keys on one GPU, forward and backward.
 
-    python -m torchtune_fused.kernels.benchmark_norm [--cases norm rope] [--systems ours]
+    python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum backward] [--systems ours]
 
 8192 tokens in bf16, beside torchtune's modules, eager and compiled. Calls run in a captured CUDA
 graph over enough distinct inputs that nothing is read twice from L2; a figure is the median of 20
 replays, divided by the calls of one. Bytes count every input and output once. The backward pass
-is that of autograd.
+is that of autograd, but for the case of that name, which is the norm's alone.
 """
 
 import argparse
-from statistics import median
 
 import torch
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
 from torchtune_fused.build import load_kernels
-from torchtune_fused.ops import qk_norm_rope, rms_norm
+from torchtune_fused.kernels.timing import captured_microseconds
+from torchtune_fused.ops import add_rms_norm, qk_norm_rope, rms_norm
 
-TOKENS, COPIES, REPLAYS = 8192, 6, 20
+TOKENS, COPIES = 8192, 6
+rms_norm_backward = torch.ops.torchtune_fused.rms_norm_backward
 
 
 def microseconds(run, inputs):
-    """Median time of ``run`` on one of the inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run(*inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [run(*each) for each in inputs]  # noqa: F841, else outputs would share memory
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return median(times) / len(inputs)
+    """Median time of ``run`` on one of the inputs; their outputs do not share memory."""
+    return captured_microseconds(lambda: [run(*each) for each in inputs], len(inputs))
 
 
 def report(case, time, size, copy):
@@ -106,6 +90,45 @@ def norm(chosen, copy):
         race(f"RMSNorm {rows} x {dim}", systems, chosen, inputs, grads, (2 * size, 3 * size), copy)
 
 
+def backward(chosen, copy):
+    if "ours" not in chosen:
+        return
+    for dim, tokens in ((2048, TOKENS), (4096, TOKENS // 2), (4096, TOKENS)):
+        weight, rstd = normal(dim), torch.ones(tokens, device="cuda")
+        tensors = [[normal(tokens, dim) for _ in range(3)] for _ in range(COPIES)]
+        size = tensors[0][0].nbytes
+        for skip in (False, True):
+            for trained in (True, False):
+
+                def run(grad, x, grad_skip, args=(weight, rstd), skip=skip, trained=trained):
+                    grad_skip = grad_skip if skip else None
+                    return rms_norm_backward(grad, x, *args, grad_skip, False, trained)
+
+                case = f"RMSNorm {tokens} x {dim}, backward{', stream' if skip else ''}"
+                case += "" if trained else ", frozen"
+                report(case, microseconds(run, tensors), (4 if skip else 3) * size, copy)
+
+
+def of_sum(chosen, copy):
+    for dim in (2048, 4096):
+        module = RMSNorm(dim, eps=1e-5).cuda().bfloat16()
+
+        def stock(x, residual, weight, module=module):
+            total = residual + x
+            return torch.func.functional_call(module, {"scale": weight}, total), total
+
+        inputs = [(normal(TOKENS, dim), normal(TOKENS, dim), normal(dim)) for _ in range(COPIES)]
+        grads = [(normal(TOKENS, dim), normal(TOKENS, dim)) for _ in range(COPIES)]
+        size = inputs[0][0].nbytes
+        systems = {
+            "ours": lambda x, residual, w: add_rms_norm(x, residual, w, 1e-5),
+            "torchtune compiled": torch.compile(stock, dynamic=False),
+            "torchtune": stock,
+        }
+        case = f"RMSNorm of a sum {TOKENS} x {dim}"
+        race(case, systems, chosen, inputs, grads, (4 * size, 4 * size), copy)
+
+
 def rope(chosen, copy):
     for d, normed in ((64, False), (128, False), (128, True)):
         module = RotaryPositionalEmbeddings(d, max_seq_len=TOKENS).cuda()
@@ -142,7 +165,8 @@ def rope(chosen, copy):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cases, systems = {"norm": norm, "rope": rope}, ["ours", "torchtune compiled", "torchtune"]
+    cases = {"norm": norm, "sum": of_sum, "backward": backward, "rope": rope}
+    systems = ["ours", "torchtune compiled", "torchtune"]
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
     chosen = parser.parse_args()

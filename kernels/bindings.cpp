@@ -9,10 +9,17 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
+
+// adapter/adapter.cpp
+bool adapter_gradients_takes(std::vector<Tensor> grads, std::vector<Tensor> bs, const Tensor& low);
+std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> grads,
+                                                          std::vector<Tensor> bs,
+                                                          const Tensor& low, double scale);
 
 // attention/attention.cpp
 Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -73,6 +80,12 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
                                                      const Tensor& up, std::string activation,
                                                      bool need_hidden);
 
+// mlp/grouped_product.cpp
+bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                           std::vector<int64_t> terms, bool across);
+std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                                    std::vector<int64_t> terms, bool across);
+
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
                       int64_t ignore_index, double softcap, double z_loss, bool backward);
@@ -85,9 +98,13 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
 // norm/norm.cpp
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
                                     bool unit_offset);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                const Tensor& weight, double eps,
+                                                bool unit_offset);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
-                                             bool unit_offset);
+                                             const std::optional<Tensor>& grad_skip,
+                                             bool unit_offset, bool need_weight);
 
 // rope/rope.cpp
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -98,6 +115,12 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
                                         const Tensor& sin, const std::optional<Tensor>& input_pos,
                                         double eps, bool interleaved, bool norm_before_rope,
                                         bool inverse);
+Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& q_norm,
+                           const std::optional<Tensor>& k_norm, const Tensor& cos,
+                           const Tensor& sin, const std::optional<Tensor>& input_pos, double eps,
+                           bool interleaved, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                           Tensor cache_pos);
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
     const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,
@@ -115,6 +138,10 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("adapter_gradients_takes", TORCH_BOX(&adapter_gradients_takes));
+  m.impl("adapter_gradients", TORCH_BOX(&adapter_gradients));
+  m.impl("grouped_product_takes", TORCH_BOX(&grouped_product_takes));
+  m.impl("grouped_product", TORCH_BOX(&grouped_product));
   m.impl("gated_linear_takes", TORCH_BOX(&gated_linear_takes));
   m.impl("gated_linear", TORCH_BOX(&gated_linear));
   m.impl("gated_linear_backward", TORCH_BOX(&gated_linear_backward));
@@ -123,9 +150,11 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_sample", TORCH_BOX(&decode_sample));
   m.impl("mask_tiles", TORCH_BOX(&mask_tiles));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
+  m.impl("qk_norm_rope_append", TORCH_BOX(&qk_norm_rope_append));
   m.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   copy_strides(grad_v, p.grad_v_stride);
   p.deterministic = deterministic;
   if (q.numel()) {
-    const int64_t bytes = flash_backward_workspace_sm80(p);
+    const int64_t bytes = flash_backward_workspace(p);
     const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-    launch_flash_backward_sm80(p, workspace.mutable_data_ptr(), context.stream());
+    launch_flash_backward(p, workspace.mutable_data_ptr(), context.stream());
   }
   return {grad_q, grad_k, grad_v};
 }

@@ -73,9 +73,10 @@ struct FlashAttentionBackwardParams {
 void launch_flash_forward_sm80(const FlashAttentionParams& params, cudaStream_t stream);
 
 // How many bytes of workspace (16-byte aligned, uninitialised) the backward launch needs.
-int64_t flash_backward_workspace_sm80(const FlashAttentionBackwardParams& params);
-void launch_flash_backward_sm80(const FlashAttentionBackwardParams& params, void* workspace,
-                                cudaStream_t stream);
+int64_t flash_backward_workspace(const FlashAttentionBackwardParams& params);
+// By Hopper's kernel where it takes the case, else by Ampere's.
+void launch_flash_backward(const FlashAttentionBackwardParams& params, void* workspace,
+                           cudaStream_t stream);
 
 #ifdef TTF_HAS_SM90
 // Hopper's way (TMA, wgmma): whether it takes the case, and its launch.

@@ -5,7 +5,7 @@
 
 namespace torchtune_fused {
 
-constexpr int kBackwardRows = 64;  // queries are padded to multiples of this in the workspace
+constexpr int kBackwardRows = 128;  // queries are padded to multiples of this in the workspace
 
 // Of one query: ln(sum(exp(score))) in units of log2(e), and the sum of grad_out * out.
 struct RowStats {

@@ -22,15 +22,6 @@ TileCounter* next_counter() {
   return static_cast<TileCounter*>(pool) + next++ % kCounters;
 }
 
-// What the copy engine can describe: rows at multiples of 16 bytes, and no stride of 0.
-bool copyable(const void* data, const int64_t (&stride)[3], int batch, int heads, int rows) {
-  const auto fits = [](int size, int64_t elements) {
-    return size <= 1 || (elements > 0 && elements % 8 == 0);
-  };
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(batch, stride[0]) &&
-         fits(heads, stride[1]) && fits(rows, stride[2]);
-}
-
 }  // namespace
 
 bool flash_forward_sm90_takes(const FlashAttentionParams& p) {

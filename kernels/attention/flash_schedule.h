@@ -15,10 +15,11 @@ struct Schedule {
   int heads, tiles, heads_per_section;
 
   // `granule` heads stay together; `bytes` is what one head reads repeatedly; `blocks_per_sm` run
-  // at the same time, and a section has several times as many.
-  static Schedule make(int64_t heads, int tiles, int granule, int64_t bytes, int blocks_per_sm) {
+  // at the same time, and a section has at least `waves` times as many.
+  static Schedule make(int64_t heads, int tiles, int granule, int64_t bytes, int blocks_per_sm,
+                       int waves = 4) {
     constexpr int64_t kL2Share = 24 << 20;
-    const int64_t fill = 4 * blocks_per_sm * device_properties().num_sms / tiles + 1;
+    const int64_t fill = waves * blocks_per_sm * device_properties().num_sms / tiles + 1;
     const int64_t least = std::max(kL2Share / std::max<int64_t>(bytes, 1), fill);
     const int64_t sections = std::max<int64_t>(heads / least, 1);
     const int64_t section = (heads / granule + sections - 1) / sections * granule;

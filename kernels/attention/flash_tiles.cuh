@@ -21,6 +21,10 @@ __device__ __forceinline__ void forget(T& value) {
     asm volatile("" : "+r"(value));
   }
 }
+template <typename... T>
+__device__ __forceinline__ void forget(T&... values) {
+  (forget(values), ...);
+}
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));

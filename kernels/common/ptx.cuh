@@ -85,6 +85,13 @@ __device__ __forceinline__ void store_shared_16(uint32_t shared, uint4 v) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t shared, float a, float b, float c,
+                                                float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -103,6 +110,14 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], uint
 
 __device__ __forceinline__ void store_matrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t shared,
+                                                           const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared),
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
@@ -162,18 +177,18 @@ __device__ __forceinline__ void add_fragment(float* sums, int lane, const float 
 #endif
 }
 
-// Rows `row` and `row + 8` (of 0 to 7) of the sums that add_fragment left.
-__device__ __forceinline__ void read_fragment_rows(float (&rows)[2][8], const float* sums,
-                                                   int row) {
+// Rows r and r + 8 of the sums as add_fragment left them.
+__device__ __forceinline__ void read_fragment_rows(float (&rows)[2][8], const float* sums, int r) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-#if __CUDA_ARCH__ >= 900  // lane 4 row + i
-    const float4 v = reinterpret_cast<const float4*>(sums)[4 * row + i];
-    rows[0][2 * i] = v.x, rows[0][2 * i + 1] = v.y, rows[1][2 * i] = v.z, rows[1][2 * i + 1] = v.w;
-#else  // value i of the row's four lanes
-    const float4 v = reinterpret_cast<const float4*>(sums + 32 * i)[row];
-    float* side = rows[i / 2] + i % 2;
-    side[0] = v.x, side[2] = v.y, side[4] = v.z, side[6] = v.w;
+#if __CUDA_ARCH__ >= 900
+    const float4 v = reinterpret_cast<const float4*>(sums)[4 * r + i];  // of lane 4 r + i
+    rows[0][2 * i] = v.x, rows[0][2 * i + 1] = v.y;
+    rows[1][2 * i] = v.z, rows[1][2 * i + 1] = v.w;
+#else
+    const float4 v = reinterpret_cast<const float4*>(sums + i * 32)[r];  // d[i] of four lanes
+    rows[i / 2][i % 2] = v.x, rows[i / 2][2 + i % 2] = v.y;
+    rows[i / 2][4 + i % 2] = v.z, rows[i / 2][6 + i % 2] = v.w;
 #endif
   }
 }

@@ -22,4 +22,15 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
+// Whether it can describe a tensor [batch][heads][rows][columns] of 16-bit elements: rows at
+// multiples of 16 bytes, and no stride of 0.
+inline bool copyable(const void* data, const int64_t (&stride)[3], int batch, int heads,
+                     int rows) {
+  const auto fits = [](int size, int64_t elements) {
+    return size <= 1 || (elements > 0 && elements % 8 == 0);
+  };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(batch, stride[0]) &&
+         fits(heads, stride[1]) && fits(rows, stride[2]);
+}
+
 }  // namespace torchtune_fused

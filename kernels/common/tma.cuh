@@ -99,6 +99,16 @@ __device__ __forceinline__ void load_tile(void* shared, const CUtensorMap& map, 
       : "memory");
 }
 
+// By one thread; so many bytes, a multiple of 16, between addresses that are multiples of 16.
+__device__ __forceinline__ void load_bytes(void* shared, const void* global, int bytes,
+                                           Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 // By one thread, after `fence_async` in the threads that wrote the tile and a barrier among them.
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, int batch, int head, int row,
                                            const void* shared) {
@@ -107,6 +117,15 @@ __device__ __forceinline__ void store_tile(const CUtensorMap& map, int batch, in
       "[%5];" ::"l"(&map),
       "r"(0), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
       : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// The same, of floats that are added to those that lie there: `bytes`, a multiple of 16.
+__device__ __forceinline__ void add_floats(float* global, const float* shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 

@@ -68,8 +68,9 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
 
 // ---- Instructions -------------------------------------------------------------------------------
 
-// Has `rows(d, a, b, add)`, where a and b are row operands and d is overwritten without `add`; and
-// `columns(d, a, b)`, where a comes in registers and b is a column operand.
+// Has `rows(d, a, b, add)`, where a and b are row operands and d is overwritten without `add`;
+// `rows_by_columns(d, a, b, add)`, the same where b is a column operand; and `columns(d, a, b)`,
+// where a comes in registers and b is a column operand.
 template <typename T, int N>
 struct Wgmma;
 
@@ -93,6 +94,14 @@ struct Wgmma;
       asm volatile("{ .reg .pred p; setp.ne.b32 p, %" X2                                       \
                    ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"   \
                    REGISTERS "}, %" X0 ", %" X1 ", p, 1, 1, 0, 0; }"                           \
+                   : OPERANDS                                                                  \
+                   : "l"(a), "l"(b), "r"(int(add)));                                           \
+    }                                                                                          \
+    static __device__ __forceinline__ void rows_by_columns(float (&d)[N / 2], uint64_t a,      \
+                                                           uint64_t b, bool add) {             \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" X2                                       \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"   \
+                   REGISTERS "}, %" X0 ", %" X1 ", p, 1, 1, 0, 1; }"                           \
                    : OPERANDS                                                                  \
                    : "l"(a), "l"(b), "r"(int(add)));                                           \
     }                                                                                          \

@@ -64,11 +64,33 @@ struct GatedLinearBackwardParams {
   DType dtype;
 };
 
+// Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`.
+constexpr int kMaxSums = 3, kMaxTerms = 6;
+constexpr int kClusterTile = 256;  // rows and columns that a cluster of two blocks takes at a time
+
+struct ProductTerm {
+  const void* first;     // [rows, k]
+  int64_t first_stride;  // elements from row to row
+  const void* second;    // [n, k]; with `across` [k, n]
+  int k;
+};
+
+struct GroupedProductParams {
+  void* outs[kMaxSums];  // [rows, n] each
+  int n[kMaxSums];
+  ProductTerm terms[kMaxTerms];  // those of one output after those of another
+  int term_ends[kMaxSums];       // how many terms there are up to and with those of an output
+  int sums, rows;
+  bool across;
+  DType dtype;
+};
+
 #ifdef TTF_HAS_SM90
 // Hopper's way, which needs all pointers and rows to start at multiples of 16 bytes.
 void launch_gated_linear_sm90(const GatedLinearParams& params, cudaStream_t stream);
 void launch_gated_linear_backward_sm90(const GatedLinearBackwardParams& params,
                                        cudaStream_t stream);
+void launch_grouped_product_sm90(const GroupedProductParams& params, cudaStream_t stream);
 #endif
 
 void launch_gated_activation(const GatedActivationParams& params, cudaStream_t stream);

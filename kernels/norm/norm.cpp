@@ -1,6 +1,7 @@
-// RMSNorm: checks on the tensors, and the launches.
+// RMSNorm, alone or of a sum: checks on the tensors, and the launches.
 #include "norm/norm.h"
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -24,23 +25,35 @@ int64_t checked_dim(const Tensor& x, const Tensor& weight) {
   return dim;
 }
 
-}  // namespace
+// A tensor that goes with x, row by row.
+void check_as_x(const Tensor& t, const char* name, const Tensor& x) {
+  check_device(t, name, x);
+  check_dtype(t, name, x.scalar_type());
+  TTF_CHECK(t.sizes() == x.sizes(), name, " must have shape ", shape_string(x), " as x, got ",
+            shape_string(t));
+}
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
-                                    bool unit_offset) {
+// y, x + residual (empty without residual) and the reciprocals of the root mean squares.
+std::tuple<Tensor, Tensor, Tensor> normalise(const Tensor& x, const std::optional<Tensor>& residual,
+                                             const Tensor& weight, double eps, bool unit_offset) {
   const DType dtype = floating_dtype(x, "x");
   const DType weight_dtype = floating_dtype(weight, "weight");
   const int64_t dim = checked_dim(x, weight);
+  if (residual) check_as_x(*residual, "residual", x);
 
   const LaunchContext context(x);
   const Tensor dense_x = torch::stable::contiguous(x);
+  const Tensor dense_residual = torch::stable::contiguous(residual.value_or(x));
   const Tensor dense_weight = torch::stable::contiguous(weight);
   const std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end() - 1);
   Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor sum = residual ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
   Tensor rstd = torch::stable::new_empty(x, rows, statistics_type(dtype));
   launch_rms_norm({.x = dense_x.const_data_ptr(),
+                   .residual = residual ? dense_residual.const_data_ptr() : nullptr,
                    .weight = dense_weight.const_data_ptr(),
                    .y = y.mutable_data_ptr(),
+                   .sum = residual ? sum.mutable_data_ptr() : nullptr,
                    .rstd = rstd.mutable_data_ptr(),
                    .rows = rstd.numel(),
                    .dim = dim,
@@ -49,34 +62,49 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
                    .dtype = dtype,
                    .weight_dtype = weight_dtype},
                   context.stream());
+  return {y, sum, rstd};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
+                                    bool unit_offset) {
+  const auto [y, sum, rstd] = normalise(x, std::nullopt, weight, eps, unit_offset);
   return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                const Tensor& weight, double eps,
+                                                bool unit_offset) {
+  return normalise(x, residual, weight, eps, unit_offset);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
-                                             bool unit_offset) {
+                                             const std::optional<Tensor>& grad_skip,
+                                             bool unit_offset, bool need_weight) {
   const DType dtype = floating_dtype(x, "x");
   const DType weight_dtype = floating_dtype(weight, "weight");
   const int64_t dim = checked_dim(x, weight);
-  check_device(grad, "grad", x);
+  check_as_x(grad, "grad", x);
+  if (grad_skip) check_as_x(*grad_skip, "grad_skip", x);
   check_device(rstd, "rstd", x);
-  check_dtype(grad, "grad", x.scalar_type());
   check_dtype(rstd, "rstd", statistics_type(dtype));
   check_contiguous(rstd, "rstd");
-  TTF_CHECK(grad.sizes() == x.sizes() && rstd.numel() * dim == x.numel(), "grad must have shape ",
-            shape_string(x), " as x, and rstd a number for each row, got ", shape_string(grad),
-            " and ", shape_string(rstd));
+  TTF_CHECK(rstd.numel() * dim == x.numel(), "rstd must have a number for each row of x, ",
+            shape_string(x), ", got ", shape_string(rstd));
 
   const LaunchContext context(x);
   const Tensor dense_grad = torch::stable::contiguous(grad);
+  const Tensor dense_skip = torch::stable::contiguous(grad_skip.value_or(grad));
   const Tensor dense_x = torch::stable::contiguous(x);
   const Tensor dense_weight = torch::stable::contiguous(weight);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   RmsNormBackwardParams params = {.grad = dense_grad.const_data_ptr(),
                                   .x = dense_x.const_data_ptr(),
                                   .weight = dense_weight.const_data_ptr(),
                                   .rstd = rstd.const_data_ptr(),
+                                  .grad_skip = grad_skip ? dense_skip.const_data_ptr() : nullptr,
                                   .grad_x = grad_x.mutable_data_ptr(),
                                   .partial = nullptr,
                                   .rows = rstd.numel(),
@@ -85,9 +113,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
                                   .dtype = dtype,
                                   .weight_dtype = weight_dtype};
   const int blocks = rms_norm_backward_blocks(params);
+  if (!need_weight) {
+    launch_rms_norm_backward(params, blocks, context.stream());
+    return {grad_x, torch::stable::new_empty(weight, {0})};
+  }
   Tensor partial = torch::stable::new_empty(rstd, {blocks, dim});
   params.partial = partial.mutable_data_ptr();
   launch_rms_norm_backward(params, blocks, context.stream());
+  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   launch_column_sum({.partial = params.partial,
                      .out = grad_weight.mutable_data_ptr(),
                      .rows = blocks,

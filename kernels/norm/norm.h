@@ -1,4 +1,4 @@
-// RMSNorm: what the host hands to the kernels, and their launches.
+// RMSNorm, alone or of a sum: what the host hands to the kernels, and their launches.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,12 @@
 namespace torchtune_fused {
 
 struct RmsNormParams {
-  const void* x;       // [rows, dim]
-  const void* weight;  // [dim]
-  void* y;             // [rows, dim], of the dtype of x
-  void* rstd;          // [rows], fp64 if x is, else fp32
+  const void* x;         // [rows, dim]
+  const void* residual;  // [rows, dim], or null: what to add to x before
+  const void* weight;    // [dim]
+  void* y;               // [rows, dim], of the dtype of x
+  void* sum;             // [rows, dim], or null with residual: x + residual
+  void* rstd;            // [rows], fp64 if x is, else fp32
   int64_t rows;
   int64_t dim;
   double eps;
@@ -21,12 +23,13 @@ struct RmsNormParams {
 };
 
 struct RmsNormBackwardParams {
-  const void* grad;    // [rows, dim], of the dtype of x
-  const void* x;       // [rows, dim]
-  const void* weight;  // [dim]
-  const void* rstd;    // [rows]
-  void* grad_x;        // [rows, dim]
-  void* partial;       // [blocks, dim], of the dtype of rstd: sums over the rows of each block
+  const void* grad;       // [rows, dim], of the dtype of x
+  const void* x;          // [rows, dim]
+  const void* weight;     // [dim]
+  const void* rstd;       // [rows]
+  const void* grad_skip;  // [rows, dim], or null: what to add to the gradient of x
+  void* grad_x;           // [rows, dim]
+  void* partial;  // [blocks, dim], of the dtype of rstd: sums over the rows of each block; or null
   int64_t rows;
   int64_t dim;
   double weight_offset;

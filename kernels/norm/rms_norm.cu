@@ -7,7 +7,8 @@ namespace torchtune_fused {
 void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   if (params.rows == 0) return;  // an empty grid is an error
   const RowLayout layout =
-      row_layout(params.dim, params.dtype, {params.x, params.y, params.weight});
+      row_layout(params.dim, params.dtype,
+                 {params.x, params.residual, params.y, params.sum, params.weight});
   with_type(params.dtype, [&](auto x) {
     using T = decltype(x);
     if constexpr (!std::is_same_v<T, double>) {

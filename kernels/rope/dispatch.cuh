@@ -18,7 +18,9 @@ inline bool made_of_vectors(const RopeParams& p, int size) {
       if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
     }
     for (int i = 0; i < 3; ++i) {
-      if (heads.stride[i] % size != 0 || heads.grad_stride[i] % size != 0) return false;
+      for (const int64_t stride : {heads.stride[i], heads.grad_stride[i], heads.out_stride[i]}) {
+        if (stride % size != 0) return false;
+      }
     }
   }
   return true;

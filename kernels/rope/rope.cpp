@@ -61,7 +61,7 @@ RopeParams params_of(const Tensor& x, const Tensor& cos, const Tensor& sin,
   return p;
 }
 
-// Heads that go with `first`, the other ones of the same tokens.
+// Heads that go with `first`, the other ones of the same tokens, and their output [b, s, heads, d].
 RopeHeads heads_of(const Tensor& x, const char* name, const Tensor& first, Tensor& out) {
   check_device(x, name, first);
   check_dtype(x, name, first.scalar_type());
@@ -69,6 +69,21 @@ RopeHeads heads_of(const Tensor& x, const char* name, const Tensor& first, Tenso
   RopeHeads heads = {
       .x = x.const_data_ptr(), .out = out.mutable_data_ptr(), .heads = static_cast<int>(x.size(2))};
   copy_strides(x, heads.stride);
+  copy_strides(out, heads.out_stride);
+  return heads;
+}
+
+// The same into a cache [at least b, heads, slots, d].
+RopeHeads cached_heads_of(const Tensor& x, const char* name, const Tensor& first, Tensor& cache,
+                          const char* cache_name) {
+  check_device(cache, cache_name, first);
+  check_dtype(cache, cache_name, first.scalar_type());
+  check_shape(cache, cache_name, {-1, x.size(2), -1, x.size(3)});
+  TTF_CHECK(cache.size(0) >= x.size(0) && cache.stride(3) == 1, cache_name, " must have at least ",
+            x.size(0), " rows and a dense last dimension, got ", shape_string(cache));
+  Tensor out = torch::stable::transpose(cache, 1, 2);
+  RopeHeads heads = heads_of(x, name, first, out);
+  heads.cached = true;
   return heads;
 }
 
@@ -133,6 +148,40 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
   plan_rope(p);
   launch_rope(p, context.stream());
   return {q_out, k_out};
+}
+
+Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& q_norm,
+                           const std::optional<Tensor>& k_norm, const Tensor& cos,
+                           const Tensor& sin, const std::optional<Tensor>& input_pos, double eps,
+                           bool interleaved, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
+                           Tensor cache_pos) {
+  TTF_CHECK(q_norm.has_value() == k_norm.has_value(), "q_norm and k_norm must be given together");
+  const LaunchContext context(q);
+  const Tensor dense_q = dense_heads(q), dense_k = dense_heads(k), dense_v = dense_heads(v);
+  const std::optional<Tensor> positions = contiguous_or_none(input_pos);
+  RopeParams p = params_of(dense_q, cos, sin, positions, interleaved);
+  p.norm_before_rope = norm_before_rope;
+  p.eps = eps;
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  p.of[0] = heads_of(dense_q, "q", dense_q, q_out);
+  p.of[1] = cached_heads_of(dense_k, "k", dense_q, k_cache, "k_cache");
+  p.of[2] = cached_heads_of(dense_v, "v", dense_q, v_cache, "v_cache");
+  p.of[2].as_they_are = true;
+  if (q_norm) {
+    add_norm(p.of[0], *q_norm, "q_norm", q);
+    add_norm(p.of[1], *k_norm, "k_norm", k);
+  }
+  check_device(cache_pos, "cache_pos", q);
+  check_dtype(cache_pos, "cache_pos", ScalarType::Long);
+  check_contiguous(cache_pos, "cache_pos");
+  check_shape(v_cache, "v_cache", {-1, -1, k_cache.size(2), -1});
+  check_shape(cache_pos, "cache_pos", {k_cache.size(2)});
+  p.cache_pos = static_cast<int64_t*>(cache_pos.mutable_data_ptr());
+  p.cache_len = cache_pos.size(0);
+  plan_rope(p);
+  launch_rope(p, context.stream());
+  return q_out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(

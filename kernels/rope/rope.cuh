@@ -1,8 +1,9 @@
 // Rotary position embeddings of queries and keys, with an RMSNorm over each head or without.
 //
 // A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin); norms are those of
-// norm/rms_norm. Grid: blocks for the queries, then blocks for the keys. Block: kWarps warps, each
-// with one token at a time and all of its heads. A head takes `lanes` lanes of a warp (a power of
+// norm/rms_norm. Keys may go into a KV cache, and values with them. Grid: blocks for the queries, then
+// for the keys, then for the values. Block: kWarps warps, each with one token at a time and all of
+// its heads. A head takes `lanes` lanes of a warp (a power of
 // two), of which each holds kPairs pairs: kVec channels from the first half of the head and kVec
 // from the second, as 16-byte vectors; or, where d or the strides don't allow vectors, pair by
 // pair. Angles of a block's tokens and the norm's weight are staged in shared memory.
@@ -241,27 +242,34 @@ template <typename T, int kVec>
 __global__ void __launch_bounds__(32 * kWarps) rope_kernel(const __grid_constant__ RopeParams p) {
   using Acc = AccOf<T>;
   __shared__ Staged<Acc> staged;
-  const bool keys = blockIdx.x >= p.of[0].blocks;
-  const RopeHeads& heads = p.of[keys];
-  const int block = blockIdx.x - (keys ? p.of[0].blocks : 0), warp = threadIdx.x / 32;
+  int part = 0, block = blockIdx.x;
+  for (; block >= p.of[part].blocks; ++part) block -= p.of[part].blocks;
+  const RopeHeads& heads = p.of[part];
+  const int warp = threadIdx.x / 32;
   stage_norm(p, heads, staged.norm);
   const int64_t token = int64_t{block} * kWarps + warp;
-  stage_angles(p, token, staged.cos[warp], staged.sin[warp]);
+  if (!heads.as_they_are) stage_angles(p, token, staged.cos[warp], staged.sin[warp]);
   if (token >= p.tokens) return;
+  const int64_t filled = heads.cached ? *p.cache_pos : 0;
+  if (heads.cached && filled + token % p.steps >= p.cache_len) return;  // see advance_kernel
 
   const Slice<kVec> slice = slice_of<kVec>(p);
-  const Pairs<Acc> angles = staged_angles(slice, staged.cos[warp], staged.sin[warp]);
+  Pairs<Acc> angles = {};
+  if (!heads.as_they_are) angles = staged_angles(slice, staged.cos[warp], staged.sin[warp]);
   const Acc sign = p.inverse ? -1 : 1;
   const int at_once = 32 / slice.lanes;
   const T* x = static_cast<const T*>(heads.x) + offset_of(heads.stride, token, p.steps, 0);
-  T* out = static_cast<T*>(heads.out) + token * heads.heads * p.head_dim;
+  T* out = static_cast<T*>(heads.out) + offset_of(heads.out_stride, token, p.steps, 0) +
+           filled * heads.out_stride[1];
   // Lanes without a head take part in the sums of the others' norms.
   for (int first = 0; first < heads.heads; first += at_once) {
     const int head = first + threadIdx.x % 32 / slice.lanes;
     const bool valid = head < heads.heads;
     Pairs<Acc> values = {};
     if (valid) values = load_pairs<kVec, T, Acc>(slice, x + head * heads.stride[2]);
-    if (heads.norm == nullptr) {
+    if (heads.as_they_are) {
+      // nothing to do
+    } else if (heads.norm == nullptr) {
       values = rotated(values, angles, sign);
     } else {
       const Acc rstd = reciprocal_rms(values, slice.lanes, p);  // turning keeps the norm
@@ -274,7 +282,7 @@ __global__ void __launch_bounds__(32 * kWarps) rope_kernel(const __grid_constant
       }
       if (p.norm_before_rope) values = rotated(values, angles, sign);
     }
-    if (valid) store_pairs(slice, values, out + head * p.head_dim);
+    if (valid) store_pairs(slice, values, out + head * heads.out_stride[2]);
   }
 }
 

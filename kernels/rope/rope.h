@@ -7,13 +7,17 @@
 
 namespace torchtune_fused {
 
-// The queries or the keys of all tokens. Strides are in elements; the last dimension is dense.
+// The queries, the keys or the values of all tokens. Strides are in elements; the last dimension is
+// dense.
 struct RopeHeads {
   const void* x;      // [b, s, heads, d]
   int64_t stride[3];  // of b, s and heads
   const void* grad;   // the gradient of the output, as x; backward with a norm only
   int64_t grad_stride[3];
-  void* out;         // [b, s, heads, d] contiguous: the output, or the gradient of x
+  void* out;         // the output, or the gradient of x
+  int64_t out_stride[3];
+  bool cached;       // whether out is a cache, in which the tokens go behind those that it holds
+  bool as_they_are;  // neither normalised nor rotated: values
   const void* norm;  // [d], the scale of the norm; null: none
   DType norm_dtype;
   void* partial;  // [blocks, d]: sums of the norm's gradient, fp64 if x is, else fp32
@@ -22,7 +26,7 @@ struct RopeHeads {
 };
 
 struct RopeParams {
-  RopeHeads of[2];  // queries and keys
+  RopeHeads of[3];  // queries, keys and values; the backward pass knows no values
   const void* cos;  // [max_len, d / 2]
   const void* sin;
   int64_t cos_stride[2];
@@ -38,17 +42,19 @@ struct RopeParams {
   int steps;       // s
   int head_dim;
   double eps;
+  int64_t* cache_pos;  // [cache_len], counting up from the first free slot of the cache
+  int64_t cache_len;
   DType dtype;        // of the heads
   DType table_dtype;  // of cos and sin
 };
 
 constexpr int kRopeMaxHeadDim = 512;
 
-// Sets of[0].blocks and of[1].blocks, and so the rows of their `partial`.
+// Sets the blocks of all heads, and so the rows of their `partial`.
 void plan_rope(RopeParams& params);
 void plan_rope_backward(RopeParams& params);
 
-void launch_rope(const RopeParams& params, cudaStream_t stream);
+void launch_rope(const RopeParams& params, cudaStream_t stream);  // moves cache_pos on, too
 void launch_rope_backward(const RopeParams& params, cudaStream_t stream);
 
 }  // namespace torchtune_fused

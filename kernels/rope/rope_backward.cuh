@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     const T* x = static_cast<const T*>(heads.x) + offset_of(heads.stride, token, p.steps, 0);
     const T* grads =
         static_cast<const T*>(heads.grad) + offset_of(heads.grad_stride, token, p.steps, 0);
-    T* out = static_cast<T*>(heads.out) + token * heads.heads * p.head_dim;
+    T* out = static_cast<T*>(heads.out) + offset_of(heads.out_stride, token, p.steps, 0);
     for (int first = 0; first < heads.heads; first += at_once) {
       const int head = first + threadIdx.x % 32 / slice.lanes;
       const bool valid = head < heads.heads;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
         grad.b[j] = rstd * (grad.b[j] - values.b[j] * mean);
       }
       if (!p.norm_before_rope) grad = rotated(grad, angles, Acc{-1});
-      if (valid) store_pairs(slice, grad, out + head * p.head_dim);
+      if (valid) store_pairs(slice, grad, out + head * heads.out_stride[2]);
     }
   }
 

@@ -30,7 +30,16 @@ def head():
 CALLS = {
     "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
     "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
-    "rms_norm_backward": lambda: [randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), False],
+    "rms_norm_backward": lambda: [
+        *(randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), None, False, True),
+    ],
+    "rms_norm_backward skip": lambda: [
+        *(randn(2, 5, 8), randn(2, 5, 8), randn(8), randn(2, 5), randn(2, 5, 8), True, False),
+    ],
+    "add_rms_norm": lambda: [
+        *(randn(2, 5, 8, grad=True), randn(2, 5, 8, grad=True), randn(8, grad=True)),
+        *(1e-6, False),
+    ],
     "rope": lambda: [randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4), None, True, False],
     "rope positions": lambda: [
         *(randn(2, 5, 3, 8, grad=True), randn(9, 4), randn(9, 4)),
@@ -90,6 +99,25 @@ CALLS = {
         *(randn(*s, grad=True) for s in ((2, 8), (7, 2), (3, 8), (7, 3), (2, 7), (8, 2))),
         *(0.5, "silu"),
     ],
+    "qkv_linear": lambda: [
+        *(randn(*s, grad=True) for s in ((2, 5, 8), (6, 8), (2, 8), (2, 8))),
+        *(randn(6, grad=True), randn(2), None, *(None for _ in range(9)), 1.0),
+    ],
+    "qkv_linear adapters": lambda: [
+        *(randn(2, 5, 8, grad=True), randn(6, 8), randn(2, 8), randn(2, 8), None, None, None),
+        *(randn(3, 8, grad=True), None, randn(1, 8, grad=True)),
+        *(randn(6, 3, grad=True), None, randn(2, 1, grad=True)),
+        *(None, None, randn(2, 5, 8, grad=True), 0.5),
+    ],
+    "adapter_backward": lambda: [
+        *([randn(5, 7), randn(5, 4)], [randn(7, 3), randn(4, 2)], randn(5, 5), 0.5),
+    ],
+    "adapter_gradients": lambda: [[randn(5, 7)], [randn(7, 3)], randn(5, 3), 0.5],
+    "grouped_product": lambda: [
+        *([randn(5, 8), randn(5, 3), randn(5, 8)], [randn(7, 8), randn(7, 3), randn(4, 8)]),
+        *([2, 1], False),
+    ],
+    "sum_of_products": lambda: [[randn(5, 8), randn(5, 3)], [randn(8, 7), randn(3, 7)]],
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
     ],
@@ -128,6 +156,11 @@ CALLS = {
         *(None, None, 0.3, 4),
     ],
     "mask_tiles": lambda: [MASK],
+    "qk_norm_rope_append": lambda: [
+        *(randn(2, 3, 6, 8), randn(2, 3, 2, 8), randn(2, 3, 2, 8), randn(8), randn(8)),
+        *(randn(5, 4), randn(5, 4), torch.tensor([4, 0, 2]), 1e-6, True, False),
+        *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
+    ],
     "kv_cache_update": lambda: [
         *(randn(*CACHE), randn(*CACHE), torch.arange(11)),
         *(randn(2, 2, 3, 8), randn(2, 2, 3, 8)),
@@ -142,7 +175,9 @@ def test_opcheck(call):
 
 def test_every_differentiable_op_under_torch_compile():
     def step(x, weight, cos, sin, w_gate, w_up, w_down):
-        h = torchtune_fused.ops.rms_norm(x, weight)
+        h, x = torchtune_fused.ops.add_rms_norm(x, None, weight)
+        h, x = torchtune_fused.ops.add_rms_norm(x, h, weight)
+        h = x + torchtune_fused.ops.rms_norm(h, weight)
         q = torchtune_fused.ops.rope(h.unflatten(-1, (2, 4)), cos, sin, interleaved=True)
         q = q.transpose(1, 2)
         h = torchtune_fused.ops.attention(q, q, q, causal=True).transpose(1, 2).flatten(2)

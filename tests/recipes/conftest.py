@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -36,6 +38,7 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.1,
 }
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "initializer_range": 0.05}
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +74,8 @@ def tiny_models(pairs, tmp_path_factory) -> dict[str, Path]:
         "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
         "untied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
         "biased": transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+        # With heads that the kernels take, for tests on a GPU.
+        "wide": transformers.LlamaConfig(**{**SIZES, **WIDE}, tie_word_embeddings=True),
     }
     for name, config in configs.items():
         folder = folders[name] = tmp_path_factory.mktemp("models") / name
@@ -132,11 +137,12 @@ def start_recipe(tmp_path):
     """Start a recipe by `tune run`, in processes of its own."""
 
     def start(recipe, *overrides, processes=1):
-        torchrun = ["--nproc_per_node", str(processes)] if processes > 1 else []
+        # Without a port of its own, a run beside it would be taken for a part of it.
+        torchrun = ["--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
         path = f"torchtune_fused/recipes/{recipe}.py"
-        tune = Path(sys.executable).with_name("tune")
+        tune = [sys.executable, "-m", "torchtune._cli.tune"]  # wherever pip put its script
         return subprocess.Popen(
-            [tune, "run", *torchrun, path, "--config", f"smollm2_135m/{recipe}", *overrides],
+            [*tune, "run", *torchrun, path, "--config", f"smollm2_135m/{recipe}", *overrides],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -145,6 +151,21 @@ def start_recipe(tmp_path):
         )
 
     return start
+
+
+@pytest.fixture
+def kill_at(start_recipe, tmp_path):
+    """Kill a run as soon as a path below tmp_path is there."""
+
+    def kill_at(path, recipe, *overrides):
+        run = start_recipe(recipe, *overrides)
+        while not (tmp_path / path).exists() and run.poll() is None:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL
+
+    return kill_at
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ def generations(model):
     }
 
 
-def run(folder, rank):
-    pipeline = Pipeline.from_pretrained(folder)
-    tokens = torch.tensor([PROMPTS[2]])
+def run(folder, rank, **options):
+    pipeline = Pipeline.from_pretrained(folder, **options)
+    tokens = torch.tensor([PROMPTS[2]], device=options["device"])
     with torch.no_grad():
         logits = pipeline(tokens)
     result = {
@@ -41,7 +41,7 @@ def run(folder, rank):
     }
     if logits is not None:
         # In the same process, so that both run on as many threads.
-        whole = ShardTransformerDecoder.from_pretrained(folder)
+        whole = ShardTransformerDecoder.from_pretrained(folder, **options)
         with torch.no_grad():
             result["bitwise"] = whole(tokens).equal(logits)
     for bad in ({"max_new_tokens": 500}, {"max_new_tokens": 4, "seed": rank}):
@@ -52,22 +52,28 @@ def run(folder, rank):
     return result
 
 
-def fail(folder, rank):
+def fail(folder, rank, **options):
     try:
-        Pipeline.from_pretrained(folder)
+        Pipeline.from_pretrained(folder, **options)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 
 
-def main(mode, folder, scratch, rank, world_size):
+def main(rank, mode, folder, scratch, world_size, device, dtype):
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=world_size
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{scratch}/rendezvous",
+        rank=rank,
+        world_size=world_size,
     )
-    result = {"run": run, "fail": fail}[mode](folder, rank)
+    options = {"device": torch.device(device), "dtype": getattr(torch, dtype)}
+    result = {"run": run, "fail": fail}[mode](folder, rank, **options)
     torch.save(result, Path(scratch, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    mode, folder, scratch, rank, world_size = sys.argv[1:]
-    main(mode, folder, scratch, int(rank), int(world_size))
+    rank, mode, folder, scratch, world_size, device, dtype = sys.argv[1:]
+    main(int(rank), mode, folder, scratch, int(world_size), device, dtype)

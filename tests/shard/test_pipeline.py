@@ -16,23 +16,25 @@ WORKER = Path(__file__).with_name("pipeline_worker.py")
 LAYERS = 4
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def save_llama(folder, **sizes):
     """A tiny random Llama by transformers, in several files."""
     config = transformers.LlamaConfig(
         vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
+        **sizes,
     )
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llama")
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60KB")
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"), hidden_size=48, intermediate_size=80)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +43,13 @@ def whole_model(checkpoint):
     return runpy.run_path(str(WORKER))["generations"](model)
 
 
-def run_ranks(mode, folder, scratch, world_size):
+def run_ranks(mode, folder, scratch, world_size, device="cpu", dtype="float32"):
     """Start a process for each rank; return what each saved."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [mode, folder, scratch, str(world_size), device, dtype]
     ranks = [
         subprocess.Popen(
-            [sys.executable, WORKER, mode, folder, scratch, str(rank), str(world_size)],
+            [sys.executable, WORKER, str(rank), *arguments],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -119,3 +122,17 @@ def test_more_ranks_than_layers_fail_on_every_rank(checkpoint, tmp_path):
 def test_a_pipeline_without_torch_distributed_says_how_to_start_it(checkpoint):
     with pytest.raises(RuntimeError, match="tune run --nproc_per_node"):
         Pipeline.from_pretrained(checkpoint)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_tokens_of_one(tmp_path):
+    # Of heads that the kernels take, so that each rank replays its captured steps.
+    folder = save_llama(tmp_path / "wide", hidden_size=256, intermediate_size=384)
+    model = ShardTransformerDecoder.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
+    expected = runpy.run_path(str(WORKER))["generations"](model)
+    ranks = run_ranks("run", folder, tmp_path, 2, "cuda", "bfloat16")
+    assert ranks[-1]["bitwise"] is True
+    for rank in ranks:
+        for call, tokens in expected.items():
+            assert rank[call].equal(tokens.to(rank[call].device)), call

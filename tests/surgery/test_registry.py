@@ -72,10 +72,11 @@ def test_what_is_inside_a_replaced_module_goes_with_it(llama):
     class Layer(TransformerSelfAttentionLayer):
         pass
 
-    @register_builder(TransformerSelfAttentionLayer)
     def build(module):
         return Layer(module.attn, module.mlp, sa_norm=module.sa_norm, mlp_norm=module.mlp_norm)
 
+    del registry._builders[TransformerSelfAttentionLayer]
+    register_builder(TransformerSelfAttentionLayer)(build)
     expected = llama(TOKENS)
     report = patch_model(llama)
     assert report.swapped["layers.0"] == "Layer"

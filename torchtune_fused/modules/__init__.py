@@ -8,6 +8,7 @@ from torchtune_fused.modules.loss import CEWithChunkedOutputLoss, LinearCrossEnt
 from torchtune_fused.modules.mlp import MultiLayerPerceptron, MultiLayerPreceptron
 from torchtune_fused.modules.optimized_attention import OptimizedAttention
 from torchtune_fused.modules.rms_norm import FusedGemmaRMSNorm, FusedRMSNorm
+from torchtune_fused.modules.transformer_layer import FusedTransformerSelfAttentionLayer
 
 __all__ = [
     "CEWithChunkedOutputLoss",
@@ -17,6 +18,7 @@ __all__ = [
     "FusedLoRALinear",
     "FusedRMSNorm",
     "FusedTransformerDecoder",
+    "FusedTransformerSelfAttentionLayer",
     "LinearCrossEntropyLoss",
     "MultiLayerPerceptron",
     "MultiLayerPreceptron",

@@ -8,9 +8,16 @@ from torchtune.modules import KVCache, MultiHeadAttention
 
 from torchtune_fused.modules._plain import in_autocast, share_state
 from torchtune_fused.modules.block_mask import dense_mask, mask_arguments, tiles_of
+from torchtune_fused.modules.lora_linear import fuse_qkv
 from torchtune_fused.modules.rms_norm import head_norms
 from torchtune_fused.modules.rope import rope_tables, rotation
-from torchtune_fused.ops import attention, attention_decode, kv_cache_update, qk_norm_rope
+from torchtune_fused.ops import (
+    attention,
+    attention_decode,
+    kv_cache_update,
+    qk_norm_rope,
+    qk_norm_rope_append,
+)
 from torchtune_fused.ops.attention import has_kernel
 from torchtune_fused.ops.attention_decode import FEW_QUERIES, visible_slots
 from torchtune_fused.ops.attention_mask import visible
@@ -93,23 +100,30 @@ class FusedAttention(MultiHeadAttention):
         if isinstance(mask, BlockMask) and (caching or not x.is_cuda):
             mask = dense_mask(mask)
 
-        q = self._split_heads(self.q_proj(x))
         if y is None:
             if not caching:
                 raise ValueError("attention needs y, or an enabled KV cache to attend to")
-            q = self._place(q, self.q_norm, input_pos)
+            q = self._place(self._split_heads(self.q_proj(x)), self.q_norm, input_pos)
             k, v = cache.k_cache, cache.v_cache
         else:
-            k = self._split_heads(self.k_proj(y))
-            v = self._split_heads(self.v_proj(y)).transpose(1, 2)
-            q, k = self._place_both(q, k, input_pos)
+            q, k, v = (self._split_heads(t) for t in self._project(x, y))
             if caching and y is x and self._can_decode(cache, q, k, v, mask):
-                return self._merge_heads(self._decode(cache, q, k, v, mask))
+                q = self._append(cache, q, k, v, input_pos)
+                return self._merge_heads(self._decode(cache, q, mask))
+            (q, k), v = self._place_both(q, k, input_pos), v.transpose(1, 2)
             if caching:
                 k, v = cache.update(k, v)
                 if y is x:
                     mask, window = self._mask_of_slots(cache, q, mask), None
         return self._merge_heads(self._attend(q, k, v, mask, causal, window))
+
+    def _project(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x``, keys and values of ``y``: as one op, where gradients gain by it."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        fused = fuse_qkv(x, *projections) if y is x and torch.is_grad_enabled() else None
+        if fused is not None:
+            return fused
+        return tuple(module(t) for module, t in zip(projections, (x, y, y), strict=True))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         b, s, _ = x.shape
@@ -117,27 +131,41 @@ class FusedAttention(MultiHeadAttention):
 
     def _place_both(self, q: Tensor, k: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_place` of queries and keys: as one op, where that comes to the same."""
-        tables, norms = rope_tables(self.pos_embeddings), None
-        fused = tables is not None and q.shape[1] == k.shape[1]
-        if fused and self.q_norm is not None:
-            norms = head_norms(self.q_norm, self.k_norm)
-            fused = norms is not None and not in_autocast(q)
-        if not fused:
+        fused = self._rotation_as_op(q, k)
+        if fused is None:
             return self._place(q, self.q_norm, input_pos), self._place(k, self.k_norm, input_pos)
-        cos, sin, interleaved = tables
-        weights, eps = norms or (None, 0.0)
-        q, k = qk_norm_rope(
-            q,
-            k,
-            cos,
-            sin,
-            input_pos,
-            interleaved=interleaved,
-            head_norms=weights,
-            eps=eps,
-            norm_before_rope=self.norm_before_rope,
-        )
+        angles, options = fused
+        q, k = qk_norm_rope(q, k, *angles, input_pos, **options)
         return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _append(
+        self, cache: KVCache, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None
+    ) -> Tensor:
+        """`_place` of queries, and of keys on their way into the cache, as `_place_both`."""
+        buffers = cache.k_cache, cache.v_cache, cache.cache_pos
+        fused = self._rotation_as_op(q, k)
+        if fused is None:
+            kv_cache_update(*buffers, self._place(k, self.k_norm, input_pos), v.transpose(1, 2))
+            return self._place(q, self.q_norm, input_pos)
+        angles, options = fused
+        return qk_norm_rope_append(q, k, v, *buffers, *angles, input_pos, **options).transpose(1, 2)
+
+    def _rotation_as_op(self, q: Tensor, k: Tensor) -> tuple[tuple[Tensor, Tensor], dict] | None:
+        """The angles and the options by which `qk_norm_rope` does what `_place` would; or None."""
+        tables, norms = rope_tables(self.pos_embeddings), (None, 0.0)
+        if tables is None or q.shape[1] != k.shape[1]:
+            return None
+        if self.q_norm is not None:
+            norms = head_norms(self.q_norm, self.k_norm)
+            if norms is None or in_autocast(q):
+                return None
+        cos, sin, interleaved = tables
+        return (cos, sin), {
+            "interleaved": interleaved,
+            "head_norms": norms[0],
+            "eps": norms[1],
+            "norm_before_rope": self.norm_before_rope,
+        }
 
     def _place(self, x: Tensor, norm: nn.Module | None, input_pos: Tensor | None) -> Tensor:
         """Heads ``[b, s, h, d]`` as attention reads them: ``[b, h, s, d]``, normed and rotated."""
@@ -158,20 +186,18 @@ class FusedAttention(MultiHeadAttention):
         self, cache: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> bool:
         """Whether the ops for the KV cache apply: not to gradients, dropout or a cache unknown."""
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        needs_grad = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (q, k, v, *self.parameters())
+        )
         return (
             type(cache) is KVCache
             and (self.is_causal if mask is None else _is_bool(mask))
             and not (needs_grad or self._dropout or in_autocast(q))
         )
 
-    def _decode(
-        self, cache: KVCache, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Self-attention over the KV cache, reading no more of it than is filled."""
-        k_cache, v_cache, cache_pos = cache.k_cache, cache.v_cache, cache.cache_pos
-        kv_cache_update(k_cache, v_cache, cache_pos, k, v)
-        length = cache_pos[:1]
+    def _decode(self, cache: KVCache, q: Tensor, mask: Tensor | None) -> Tensor:
+        """Self-attention over the updated KV cache, reading no more of it than is filled."""
+        k_cache, v_cache, length = cache.k_cache, cache.v_cache, cache.cache_pos[:1]
         if mask is not None and q.shape[2] > FEW_QUERIES and has_kernel(q):
             mask = tiles_of(mask)
         return attention_decode(q, k_cache, v_cache, length, mask, window=self.sliding_window)

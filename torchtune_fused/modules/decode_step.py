@@ -15,6 +15,7 @@ from torchtune_fused.modules.attention import FusedAttention
 from torchtune_fused.modules.feed_forward import FusedFeedForward, activation_name
 from torchtune_fused.modules.rms_norm import FusedRMSNorm
 from torchtune_fused.modules.rope import rope_tables
+from torchtune_fused.modules.transformer_layer import FusedTransformerSelfAttentionLayer
 from torchtune_fused.ops import attention_decode, decode_gated, decode_linear, decode_qkv
 
 
@@ -141,7 +142,7 @@ def _run_layer(
 
 def _layer_obstacle(layer: nn.Module) -> str | None:
     """Name and nature of the first part of a layer that has to be called as a module."""
-    if not is_plain(layer, TransformerSelfAttentionLayer):
+    if not _is_one_of(layer, (TransformerSelfAttentionLayer, FusedTransformerSelfAttentionLayer)):
         return f"is a {type(layer).__name__} or carries hooks"
     attn, mlp = layer.attn, layer.mlp
     expected = {

@@ -1,4 +1,4 @@
-"""torchtune's LoRALinear on the fused op."""
+"""torchtune's LoRALinear, alone or as one of three projections, on the fused ops."""
 
 from torch import Tensor, nn
 from torchtune.modules.peft import LoRALinear
@@ -10,7 +10,7 @@ from torchtune_fused.modules._plain import (
     plain_linear,
     share_state,
 )
-from torchtune_fused.ops import AdaptedLinear, lora_linear
+from torchtune_fused.ops import AdaptedLinear, lora_linear, qkv_linear
 
 
 class FusedLoRALinear(LoRALinear):
@@ -62,9 +62,43 @@ def adapted_linear(module: LoRALinear) -> AdaptedLinear | None:
 
 def plain_lora(module: nn.Module) -> AdaptedLinear | None:
     """The tensors of a LoRA layer; None if using them is not the same as calling it."""
-    if not (is_plain(module, FusedLoRALinear) or is_plain(module, LoRALinear)):
+    if not _is_lora(module) or module.disabled or _drops(module):
         return None
-    return None if module.disabled or _drops(module) else adapted_linear(module)
+    return adapted_linear(module)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return is_plain(module, FusedLoRALinear) or is_plain(module, LoRALinear)
+
+
+def fuse_qkv(x: Tensor, *modules: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`qkv_linear` of three layers, with adapters or without; None if calling them isn't the same.
+
+    Adapters may drop some of their input, each by a draw of its own.
+    """
+    if in_autocast(x) or not is_plain_tensor(x):
+        return None
+    layers = [_any_linear(module) for module in modules]
+    if None in layers:
+        return None
+    adapted = [module for module, layer in zip(modules, layers, strict=True) if layer.a is not None]
+    scales = {adapter_scale(module) for module in adapted}
+    if len(scales) > 1:
+        return None
+    # In the order of the layers, as calling them would draw.
+    seen = [m.dropout(x) if m in adapted and _drops(m) else None for m in modules]
+    return qkv_linear(x, *layers, scale=scales.pop() if scales else 1.0, adapter_inputs=seen)
+
+
+def _any_linear(module: nn.Module) -> AdaptedLinear | None:
+    """The tensors of a plain layer of either kind."""
+    if not _is_lora(module):
+        linear = plain_linear(module)
+        return None if linear is None else AdaptedLinear(linear[0], bias=linear[1])
+    layer = adapted_linear(module)
+    if layer is None or not module.disabled:
+        return layer
+    return AdaptedLinear(layer.weight, bias=layer.bias)
 
 
 def adapter_scale(module: LoRALinear) -> float:

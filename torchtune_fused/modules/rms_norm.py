@@ -1,11 +1,15 @@
-"""torchtune's RMSNorms on the fused op."""
+"""torchtune's RMSNorms on the fused ops."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 
 from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_state
-from torchtune_fused.ops import rms_norm
+from torchtune_fused.modules.recompute import recompute
+from torchtune_fused.ops import add_rms_norm, rms_norm
 
 
 class _OnOp(nn.Module):
@@ -46,6 +50,44 @@ class FusedGemmaRMSNorm(_OnOp, GemmaRMSNorm):
     def from_stock(cls, module: GemmaRMSNorm) -> "FusedGemmaRMSNorm":
         """The same norm, sharing all of its state with ``module``."""
         return share_state(module, GemmaRMSNorm, cls)
+
+
+def add_norm(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, AbstractContextManager]:
+    """``norm(x + residual)``, as one op where that comes to the same.
+
+    Args:
+        norm (nn.Module): any module.
+        x (Tensor): input of shape ``[..., dim]``.
+        residual (Tensor | None): what to add to it. Default: nothing.
+
+    Returns:
+        tuple[Tensor, Tensor, AbstractContextManager]: the normalised sum; the sum; and a context
+        for the calls that read the former, in which it is not kept for the backward pass.
+    """
+    if not _can_add(norm, x, residual):
+        total = x if residual is None else residual + x
+        return norm(total), total, nullcontext()
+    scale, eps, unit_offset = norm.scale, norm.eps, norm._unit_offset
+    y, total = add_rms_norm(x, residual, scale, eps, unit_offset=unit_offset)
+    again = partial(rms_norm, total.detach(), scale, eps, unit_offset=unit_offset)
+    return y, total, recompute(y, again)
+
+
+def _can_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether nobody can tell `add_rms_norm` from an addition and a call of ``norm``."""
+    if not any(is_plain(norm, cls) for cls in (FusedRMSNorm, FusedGemmaRMSNorm)):
+        return False
+    return is_plain_tensor(x) and (
+        residual is None
+        or (
+            is_plain_tensor(residual)
+            and residual.shape == x.shape
+            and residual.dtype == x.dtype
+            and residual.device == x.device
+        )
+    )
 
 
 def head_norms(q_norm: nn.Module, k_norm: nn.Module) -> tuple[tuple[Tensor, Tensor], float] | None:

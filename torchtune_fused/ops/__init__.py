@@ -3,6 +3,8 @@
 Each has a reference in plain PyTorch, a fake for tracing and, where it makes sense, a gradient.
 """
 
+from torchtune_fused.ops.adapters import AdaptedLinear
+from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
@@ -13,15 +15,18 @@ from torchtune_fused.ops.decode_sample import decode_sample
 from torchtune_fused.ops.gated_mlp import fused_mlp, gated_mlp
 from torchtune_fused.ops.kv_cache_update import kv_cache_update
 from torchtune_fused.ops.linear_cross_entropy import linear_cross_entropy
-from torchtune_fused.ops.lora_gated_mlp import AdaptedLinear, lora_gated_mlp
+from torchtune_fused.ops.lora_gated_mlp import lora_gated_mlp
 from torchtune_fused.ops.lora_linear import lora_linear
 from torchtune_fused.ops.qk_norm_rope import qk_norm_rope
+from torchtune_fused.ops.qk_norm_rope_append import qk_norm_rope_append
+from torchtune_fused.ops.qkv_linear import qkv_linear
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
 
 __all__ = [
     "AdaptedLinear",
     "MaskTiles",
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "decode_gated",
@@ -38,6 +43,8 @@ __all__ = [
     "lora_linear",
     "mask_tiles",
     "qk_norm_rope",
+    "qk_norm_rope_append",
+    "qkv_linear",
     "rms_norm",
     "rope",
 ]

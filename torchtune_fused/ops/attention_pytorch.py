@@ -57,8 +57,11 @@ def cudnn_is_faster(
     ======================  =========  ==========================================================
     case                    who        why
     ======================  =========  ==========================================================
-    9.0, causal or no mask  cuDNN      its backward runs on wgmma, ours on mma: see
-                                       kernels/PERFORMANCE.md
+    9.0, causal or no mask  cuDNN      faster than our kernels, see kernels/PERFORMANCE.md, with
+                                       the exceptions that follow
+    of these, causal with   ours       there our Hopper kernel is the faster one
+    d = 64, or with d = 128
+    and s at most 2048
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
     deterministic           ours       cuDNN doesn't promise the order of its sums
@@ -77,12 +80,14 @@ def cudnn_is_faster(
     Returns:
         bool: True for cuDNN.
     """
+    d, s = q.shape[-1], q.shape[2]
+    ours_is = causal and (d == 64 or (d == 128 and s <= 2048))
     return (
-        not (hidden or deterministic)
+        not (hidden or deterministic or ours_is)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and q.shape[-1] <= 128
-        and q.shape[2] > 1  # which cuDNN refuses
-        and (not causal or q.shape[2] == k.shape[2])
+        and d <= 128
+        and s > 1  # which cuDNN refuses
+        and (not causal or s == k.shape[2])
         and all(t.stride(0) >= t.stride(2) >= t.stride(1) >= t.stride(3) for t in (q, k, v))
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, define_op
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
+from torchtune_fused.ops.grouped_product import grouped_linear
 
 
 def gated_linear(
@@ -85,21 +86,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def add_product(out: Tensor, low: Tensor, weight: Tensor) -> Tensor:
-    """Adds ``low @ weightᵀ`` to ``out`` in place, by the matrix product itself."""
-    out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), weight.t())
-    return out
-
-
 @define_op(
     "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? low, Tensor? low_gate, "
     "Tensor? low_up, str activation, bool save) -> (Tensor hidden, Tensor gate, Tensor up)"
 )
 def _reference(x, w_gate, w_up, low, low_gate, low_up, activation, save):
-    gate, up = linear(x, w_gate), linear(x, w_up)
-    if low is not None:
-        add_product(gate, low, low_gate)
-        add_product(up, low, low_up)
+    if low is None:
+        gate, up = linear(x, w_gate), linear(x, w_up)
+    else:
+        none = None, None
+        gate, up = grouped_linear(x, (w_gate, w_up), none, (low, low), (low_gate, low_up))
     hidden = gated_activation(gate, up, activation)
     return (hidden, gate, up) if save else (hidden, x.new_empty(0), x.new_empty(0))
 

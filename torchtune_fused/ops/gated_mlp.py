@@ -19,6 +19,7 @@ from torchtune_fused.ops.gated_activation import (
     gated_activation,
 )
 from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward, linear
+from torchtune_fused.ops.grouped_product import rows_of, sum_of_products
 
 
 def gated_mlp(
@@ -109,7 +110,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad):
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     need_x, need_w_gate, need_w_up, need_w_down, *need_bias = ctx.needs_input_grad[:7]
-    grad, rows, gate, up = (t.reshape(-1, t.shape[-1]) for t in (grad, x, gate, up))
+    grad, rows, gate, up = (rows_of(t) for t in (grad, x, gate, up))
     hidden, grad_gate, grad_up = gated_linear_backward(
         grad, w_down, gate, up, ctx.activation, need_hidden=need_w_down
     )
@@ -117,8 +118,7 @@ def _autograd(ctx, grad):
     del hidden  # as large as gate: gone before grad_x comes
     grad_x = None
     if need_x:
-        # Into the sum itself, where torch.addmm would copy it first.
-        grad_x = (grad_gate @ w_gate).addmm_(grad_up, w_up).view(x.shape)
+        grad_x = sum_of_products((grad_gate, grad_up), (w_gate, w_up)).view(x.shape)
     grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)
     return (
         grad_x,

@@ -31,7 +31,14 @@ def kv_cache_update(
         TypeError: if dtypes differ.
         ValueError: if shapes or devices don't fit or, on the CPU, the cache is full.
     """
-    op = "kv_cache_update"
+    check_cache("kv_cache_update", k_cache, v_cache, cache_pos, k, v)
+    call("kv_cache_update", k_cache, v_cache, cache_pos, k, v)
+
+
+def check_cache(
+    op: str, k_cache: Tensor, v_cache: Tensor, cache_pos: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Raises unless a cache can take keys and values ``[b, h_kv, s, d]`` without a gradient."""
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise RuntimeError(f"{op}: has no gradient; call it under torch.no_grad()")
     capacity, h_kv, max_len, d = k_cache.shape
@@ -45,14 +52,13 @@ def kv_cache_update(
         raise ValueError(f"{op}: the cache has {capacity} rows, too few for a batch of {b}")
     if s > max_len:
         raise ValueError(f"{op}: {s} tokens don't fit into a cache of {max_len} slots")
-    call("kv_cache_update", k_cache, v_cache, cache_pos, k, v)
 
 
-def _cpu(k_cache, v_cache, cache_pos, k, v):
+def update_on_cpu(k_cache, v_cache, cache_pos, k, v):
     b, s, start = k.shape[0], k.shape[2], int(cache_pos[0])
     if start + s > k_cache.shape[2]:
         raise ValueError(
-            f"kv_cache_update: the cache is full: {start} of {k_cache.shape[2]} slots are taken, "
+            f"the KV cache is full: {start} of {k_cache.shape[2]} slots are taken, "
             f"{s} more are needed; set it up for a larger max_seq_len or reset it"
         )
     k_cache[:b, :, start : start + s] = k
@@ -63,9 +69,9 @@ def _cpu(k_cache, v_cache, cache_pos, k, v):
 @define_op(
     "kv_cache_update(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) cache_pos, "
     "Tensor k, Tensor v) -> ()",
-    cpu=_cpu,
+    cpu=update_on_cpu,
 )
-def _reference(k_cache, v_cache, cache_pos, k, v):
+def update(k_cache, v_cache, cache_pos, k, v):
     b, s = k.shape[0], k.shape[2]
     slots = cache_pos[:s]
     k_cache[:b].index_copy_(2, slots, k)

@@ -1,34 +1,19 @@
 """Gated MLP whose three projections carry low-rank adapters; see `gated_mlp` and `lora_linear`."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, call, check_floating, define_op, register_autograd
-from torchtune_fused.ops.gated_activation import (
-    check_activation,
-    gated_activation,
+from torchtune_fused.ops.adapters import (
+    AdaptedLinear,
+    adapter_backward,
+    check_adapted,
+    low_rank,
 )
-from torchtune_fused.ops.gated_linear import add_product, gated_linear, gated_linear_backward
-from torchtune_fused.ops.lora_linear import check_adapted
-
-
-class AdaptedLinear(NamedTuple):
-    """A linear layer with an adapter: ``x @ weightᵀ + bias + scale * (x @ aᵀ) @ bᵀ``.
-
-    Args:
-        weight (Tensor): ``[out, in]``.
-        a (Tensor): the adapter's first matrix, ``[rank, in]``.
-        b (Tensor): its second, ``[out, rank]``.
-        bias (Tensor | None): ``[out]``.
-    """
-
-    weight: Tensor
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None = None
+from torchtune_fused.ops.gated_activation import check_activation, gated_activation
+from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward
+from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 
 
 def lora_gated_mlp(
@@ -69,7 +54,9 @@ def lora_gated_mlp(
         ("_up", up, (hidden, dim)),
         ("_down", down, (out, hidden)),
     ):
-        check_adapted(op, suffix, x, shape, layer.weight, layer.bias, layer.a, layer.b)
+        check_adapted(op, suffix, x, shape, layer)
+        if layer.a is None:
+            raise ValueError(f"{op}: a{suffix} is missing; without adapters, use gated_mlp")
     layers = (gate, up, down)
     return call(
         op,
@@ -108,17 +95,18 @@ def _forward(
     activation,
 ):
     x = x.contiguous()
-    low_in = (x @ torch.cat((a_gate, a_up)).t()).mul_(scale)
+    low_in = low_rank([x, x], [a_gate, a_up], scale)
     # Side by side with zeros, both read the whole of low_in.
     low_gate, low_up = F.pad(b_gate, (0, a_up.shape[0])), F.pad(b_up, (a_gate.shape[0], 0))
     if bias_gate is None and bias_up is None:
         hidden, gate, up = gated_linear(x, w_gate, w_up, activation, True, low_in, low_gate, low_up)
     else:
-        gate = add_product(F.linear(x, w_gate, bias_gate), low_in, low_gate)
-        up = add_product(F.linear(x, w_up, bias_up), low_in, low_up)
+        gate, up = grouped_linear(
+            x, (w_gate, w_up), (bias_gate, bias_up), (low_in, low_in), (low_gate, low_up)
+        )
         hidden = gated_activation(gate, up, activation)
-    low_down = (hidden @ a_down.t()).mul_(scale)
-    out = add_product(F.linear(hidden, w_down, bias_down), low_down, b_down)
+    low_down = low_rank([hidden], [a_down], scale)
+    (out,) = grouped_linear(hidden, [w_down], [bias_down], [low_down], [b_down])
     return out, gate, up, low_in, low_down
 
 
@@ -145,11 +133,11 @@ def _autograd(ctx, grad):
         7:13
     ]
     grad, rows, gate, up, low_in, low_down = (
-        t.reshape(-1, t.shape[-1]) for t in (grad, x, gate, up, low_in, low_down)
+        rows_of(t) for t in (grad, x, gate, up, low_in, low_down)
     )
     rank = a_gate.shape[0]
 
-    grad_low_down = (grad @ b_down).mul_(ctx.scale)
+    grad_low_down, (grad_b_down,) = adapter_backward([grad], [b_down], low_down, ctx.scale)
     need_hidden = need_w_down or need_a_down
     hidden, grad_gate, grad_up = gated_linear_backward(
         grad, w_down, gate, up, ctx.activation, need_hidden, grad_low_down, a_down
@@ -158,11 +146,13 @@ def _autograd(ctx, grad):
     grad_a_down = grad_low_down.t() @ hidden if need_a_down else None
     del hidden  # as large as gate: gone before grad_x comes
 
-    grad_low_in = torch.cat((grad_gate @ b_gate, grad_up @ b_up), dim=1).mul_(ctx.scale)
+    grad_low_in, (grad_b_gate, grad_b_up) = adapter_backward(
+        [grad_gate, grad_up], [b_gate, b_up], low_in, ctx.scale
+    )
     grad_x = grad_a_in = None
     if need_x:
-        grad_x = (grad_gate @ w_gate).addmm_(grad_up, w_up)
-        grad_x = grad_x.addmm_(grad_low_in, torch.cat((a_gate, a_up))).view(x.shape)
+        matrices = w_gate, w_up, torch.cat((a_gate, a_up))
+        grad_x = sum_of_products((grad_gate, grad_up, grad_low_in), matrices).view(x.shape)
     if need_a_gate or need_a_up:
         grad_a_in = grad_low_in.t() @ rows
     grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)
@@ -173,11 +163,11 @@ def _autograd(ctx, grad):
         grad_w_down,
         *(g.sum(0) if need else None for g, need in grad_biases),
         grad_a_in[:rank] if need_a_gate else None,
-        grad_gate.t() @ low_in[:, :rank] if need_b_gate else None,
+        grad_b_gate if need_b_gate else None,
         grad_a_in[rank:] if need_a_up else None,
-        grad_up.t() @ low_in[:, rank:] if need_b_up else None,
+        grad_b_up if need_b_up else None,
         grad_a_down,
-        grad.t() @ low_down if need_b_down else None,
+        grad_b_down if need_b_down else None,
         None,
         None,
     )

@@ -4,7 +4,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import (
@@ -15,7 +14,13 @@ from torchtune_fused.ops._library import (
     define_op,
     register_autograd,
 )
-from torchtune_fused.ops.gated_linear import add_product
+from torchtune_fused.ops.adapters import (
+    AdaptedLinear,
+    adapter_backward,
+    check_adapted,
+    low_rank,
+)
+from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 
 
 def lora_linear(
@@ -49,29 +54,11 @@ def lora_linear(
     """
     op = "lora_linear"
     check_floating(op, "x", x)
-    check_adapted(op, "", x, (weight.shape[0], x.shape[-1]), weight, bias, a, b)
+    shape = weight.shape[0], x.shape[-1]
+    check_adapted(op, "", x, shape, AdaptedLinear(weight, a, b, bias))
     if adapter_input is not None:
         check_tensor(op, "adapter_input", adapter_input, x.shape, "x", x)
     return call(op, x, adapter_input, weight, bias, a, b, scale)[0]
-
-
-def check_adapted(
-    op: str,
-    suffix: str,
-    x: Tensor,
-    shape: tuple[int, int],
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-) -> None:
-    """Raises unless weight, bias and adapter fit a layer with a weight of ``shape``."""
-    rank, (n, k) = a.shape[0], shape
-    check_tensor(op, f"weight{suffix}", weight, (n, k), "x", x)
-    check_tensor(op, f"a{suffix}", a, (rank, k), "x", x)
-    check_tensor(op, f"b{suffix}", b, (n, rank), "x", x)
-    if bias is not None:
-        check_tensor(op, f"bias{suffix}", bias, (n,), "x", x)
 
 
 # low, [..., rank], is scale * adapter_input @ aᵀ: what the gradient of b needs.
@@ -80,8 +67,8 @@ def check_adapted(
     "float scale) -> (Tensor out, Tensor low)"
 )
 def _forward(x, adapter_input, weight, bias, a, b, scale):
-    low = F.linear(x if adapter_input is None else adapter_input, a).mul_(scale)
-    return add_product(F.linear(x.contiguous(), weight, bias), low, b), low
+    low = low_rank([x if adapter_input is None else adapter_input], [a], scale)
+    return grouped_linear(x.contiguous(), [weight], [bias], [low], [b])[0], low
 
 
 @torch.library.register_fake("torchtune_fused::lora_linear", lib=LIBRARY)
@@ -101,21 +88,23 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad):
     x, adapter_input, weight, a, b, low = ctx.saved_tensors
     need_x, need_input, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-    grad, low = (t.reshape(-1, t.shape[-1]) for t in (grad, low))
-    rows = None if x is None else x.reshape(-1, x.shape[-1])
-    seen = rows if adapter_input is None else adapter_input.reshape(-1, adapter_input.shape[-1])
+    grad = rows_of(grad)
+    rows = None if x is None else rows_of(x)
+    seen = rows if adapter_input is None else rows_of(adapter_input)
 
-    grad_low = (grad @ b).mul_(ctx.scale)
-    grad_x = grad @ weight if need_x else None
-    if need_x and adapter_input is None:
-        grad_x.addmm_(grad_low, a)
+    grad_low, (grad_b,) = adapter_backward([grad], [b], rows_of(low), ctx.scale)
+    grad_x = None
+    if need_x:
+        both = adapter_input is None
+        grads, matrices = ([grad, grad_low], [weight, a]) if both else ([grad], [weight])
+        grad_x = sum_of_products(grads, matrices).view(ctx.shape)
     return (
-        None if grad_x is None else grad_x.view(ctx.shape),
+        grad_x,
         (grad_low @ a).view(ctx.shape) if need_input else None,
         grad.t() @ rows if need_weight else None,
         grad.sum(0) if need_bias else None,
         grad_low.t() @ seen if need_a else None,
-        grad.t() @ low if need_b else None,
+        grad_b if need_b else None,
         None,
     )
 

@@ -61,6 +61,22 @@ def qk_norm_rope(
             (positions in ``input_pos`` are checked on the CPU only).
     """
     op = "qk_norm_rope"
+    q_norm, k_norm = check_heads(op, q, k, cos, sin, input_pos, head_norms)
+    return call(
+        op, q, k, q_norm, k_norm, cos, sin, input_pos, eps, interleaved, norm_before_rope, False
+    )
+
+
+def check_heads(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    input_pos: Tensor | None,
+    head_norms: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Raises unless queries and keys fit together, and to angles and norms; gives the norms."""
     check_floating(op, "q", q)
     if q.ndim != 4 or q.shape[3] % 2 != 0 or k.ndim != 4:
         raise ValueError(
@@ -77,9 +93,7 @@ def qk_norm_rope(
             check_floating(op, name, weight)
             check_shape(op, name, weight, (d,))
             check_device(op, name, weight, "q", q)
-    return call(
-        op, q, k, q_norm, k_norm, cos, sin, input_pos, eps, interleaved, norm_before_rope, False
-    )
+    return q_norm, k_norm
 
 
 # inverse rotates the other way, which without norms is the gradient.
@@ -88,7 +102,7 @@ def qk_norm_rope(
     "Tensor? input_pos, float eps, bool interleaved, bool norm_before_rope, bool inverse) -> "
     "(Tensor q_out, Tensor k_out)"
 )
-def _forward(
+def reference(
     q, k, q_norm, k_norm, cos, sin, input_pos, eps, interleaved, norm_before_rope, inverse
 ):
     rotate = rotation("qk_norm_rope", q, cos, sin, input_pos, interleaved, inverse)

@@ -64,17 +64,19 @@ def _forward(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[
     return y, rstd.squeeze_(-1)
 
 
+# grad_skip is the gradient of x past the norm, to be added; grad_weight is empty if not needed.
 @define_op(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool unit_offset) -> "
-    "(Tensor grad_x, Tensor grad_weight)"
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_skip, "
+    "bool unit_offset, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)"
 )
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool
-) -> tuple[Tensor, Tensor]:
+def _backward(grad, x, weight, rstd, grad_skip, unit_offset, need_weight):
     grad, x_wide = at_least_fp32(grad.contiguous()), at_least_fp32(x.contiguous())
     scale = _scale(weight, unit_offset)
     grad_x, grad_weight = normalise_backward(grad, x_wide, scale, rstd.unsqueeze(-1))
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+    if grad_skip is not None:
+        grad_x += grad_skip
+    grad_weight = grad_weight.to(weight.dtype) if need_weight else weight.new_empty(0)
+    return grad_x.to(x.dtype), grad_weight
 
 
 def _scale(weight: Tensor, unit_offset: bool) -> Tensor:
@@ -108,8 +110,8 @@ def _(x, weight, eps, unit_offset):
 
 
 @torch.library.register_fake("torchtune_fused::rms_norm_backward", lib=LIBRARY)
-def _(grad, x, weight, rstd, unit_offset):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(grad, x, weight, rstd, grad_skip, unit_offset, need_weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -117,9 +119,18 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, output[1])
 
 
+def norm_backward(
+    ctx, grad: Tensor, grad_skip: Tensor | None, need_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and weight, for a context that has saved x, weight and rstd."""
+    grad_x, grad_weight = torch.ops.torchtune_fused.rms_norm_backward(
+        grad, *ctx.saved_tensors, grad_skip, ctx.unit_offset, need_weight
+    )
+    return grad_x, grad_weight if need_weight else None
+
+
 def _autograd(ctx, grad):
-    grads = torch.ops.torchtune_fused.rms_norm_backward(grad, *ctx.saved_tensors, ctx.unit_offset)
-    return *grads, None, None
+    return *norm_backward(ctx, grad, None, ctx.needs_input_grad[1]), None, None
 
 
 register_autograd("rms_norm", _autograd, _setup_context)

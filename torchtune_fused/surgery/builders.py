@@ -2,7 +2,13 @@
 
 from torch import nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
-from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, TransformerDecoder
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_fused.modules import (
@@ -12,6 +18,7 @@ from torchtune_fused.modules import (
     FusedLoRALinear,
     FusedRMSNorm,
     FusedTransformerDecoder,
+    FusedTransformerSelfAttentionLayer,
 )
 from torchtune_fused.modules.feed_forward import activation_name
 from torchtune_fused.surgery.registry import Decline, register_builder
@@ -57,6 +64,16 @@ def build_rms_norm(module: RMSNorm) -> nn.Module:
 def build_gemma_rms_norm(module: GemmaRMSNorm) -> nn.Module:
     """The norm of Gemma, which scales by one more than its parameter."""
     return FusedGemmaRMSNorm.from_stock(module)
+
+
+@register_builder(TransformerSelfAttentionLayer)
+def build_layer(module: TransformerSelfAttentionLayer) -> nn.Module | Decline:
+    """Layers with a norm that the additions to the residual stream can be fused with."""
+    norms = type(module.sa_norm), type(module.mlp_norm)
+    if not any(issubclass(norm, (RMSNorm, GemmaRMSNorm)) for norm in norms):
+        names = " and ".join(sorted({norm.__name__ for norm in norms}))
+        return Decline(f"its norms are {names}, and additions are fused with RMSNorms only")
+    return FusedTransformerSelfAttentionLayer.from_stock(module)
 
 
 @register_builder(TransformerDecoder)

@@ -1,0 +1,3 @@
+#include "attention/flash_backward_sm90.cuh"
+
+template struct torchtune_fused::FlashBackwardSm90<128>;

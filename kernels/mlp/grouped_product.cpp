@@ -1,0 +1,90 @@
+// Sums of matrix products: checks on the tensors, and the launch.
+#include <string>
+#include <vector>
+
+#include "common/launch.h"
+#include "common/torch_utils.h"
+#include "mlp/mlp.h"
+
+namespace torchtune_fused {
+namespace {
+
+bool has_rows_of_16_bytes(const Tensor& t) {
+  return t.dim() == 2 && t.size(1) % 8 == 0 && t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+int64_t columns_of(const Tensor& second, bool across) { return second.size(across ? 1 : 0); }
+
+}  // namespace
+
+// Whether the kernel takes these, whose shapes fit, and is faster than a product after another: it
+// has one size of tiles, which has to occupy the GPU.
+bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                           std::vector<int64_t> terms, bool across) {
+  const Tensor& first = firsts[0];
+  const LaunchContext context(first);
+  const ScalarType dtype = first.scalar_type();
+  if (!runs_sm90_code() || (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) ||
+      firsts.size() < 2 || firsts.size() > kMaxTerms || terms.size() > kMaxSums) {
+    return false;
+  }
+  for (size_t i = 0; i < firsts.size(); ++i) {
+    if (!has_rows_of_16_bytes(firsts[i]) || !has_rows_of_16_bytes(seconds[i]) ||
+        !seconds[i].is_contiguous() || seconds[i].numel() == 0) {
+      return false;
+    }
+  }
+  const auto tiles = [](int64_t size) { return (size + kClusterTile - 1) / kClusterTile; };
+  int64_t columns = 0;
+  size_t term = 0;
+  for (int64_t count : terms) {
+    const int64_t n = columns_of(seconds[term], across);
+    if (n % 8 != 0) return false;
+    columns += tiles(n);
+    term += count;
+  }
+  return tiles(first.size(0)) * columns >= device_properties().num_sms / 2;
+}
+
+std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
+                                    std::vector<int64_t> terms, bool across) {
+#ifdef TTF_HAS_SM90
+  TTF_CHECK(grouped_product_takes(firsts, seconds, terms, across),
+            "grouped_product has no kernel for this case");
+  const Tensor& x = firsts[0];
+  const LaunchContext context(x);
+  const int64_t rows = x.size(0);
+  GroupedProductParams p = {.sums = static_cast<int>(terms.size()),
+                            .rows = static_cast<int>(rows),
+                            .across = across,
+                            .dtype = half_dtype(x, "firsts")};
+  std::vector<Tensor> outs;
+  int term = 0;
+  for (int i = 0; i < p.sums; ++i) {
+    const int64_t n = columns_of(seconds[term], across);
+    outs.push_back(torch::stable::new_empty(x, {rows, n}));
+    p.outs[i] = outs[i].mutable_data_ptr();
+    p.n[i] = static_cast<int>(n);
+    p.term_ends[i] = term + static_cast<int>(terms[i]);
+    for (; term < p.term_ends[i]; ++term) {
+      const Tensor &first = firsts[term], &second = seconds[term];
+      const int64_t k = first.size(1);
+      check_device(first, "firsts", x);
+      check_dtype(first, "firsts", x.scalar_type());
+      check_shape(first, "firsts", {rows, k});
+      check_like(second, "seconds", x, {across ? k : n, across ? n : k});
+      p.terms[term] = {.first = first.const_data_ptr(),
+                       .first_stride = first.stride(0),
+                       .second = second.const_data_ptr(),
+                       .k = static_cast<int>(k)};
+    }
+  }
+  launch_grouped_product_sm90(p, context.stream());
+  return outs;
+#else
+  raise("grouped_product has no kernel in this build, which is not for 9.0a");
+#endif
+}
+
+}  // namespace torchtune_fused

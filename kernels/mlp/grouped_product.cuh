@@ -1,0 +1,131 @@
+// Up to three sums of matrix products in one launch on Hopper: linear layers of one input with
+// their adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad
+// weight. No sum leaves the registers before it is complete, so none is read back from memory.
+//
+// Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's tile.
+//
+// Memory: outputs [rows, n], first operands [rows, k], second ones [n, k], or [k, n] with kAcrossK;
+// row-major.
+//
+// Grid and shared memory as product.cuh says, with two boxes for the outputs of each warpgroup.
+#pragma once
+
+#include "mlp/mlp.h"
+#include "mlp/product.cuh"
+
+namespace torchtune_fused {
+
+struct GroupedProductMaps {
+  CUtensorMap first[kMaxTerms];   // tiles of 128 rows
+  CUtensorMap second[kMaxTerms];  // of 128 rows; with kAcrossK of 64 rows
+  CUtensorMap out[kMaxSums];      // of 64 rows
+};
+
+struct GroupedProductShape {
+  int rows, outputs;
+  int steps[kMaxTerms];       // of kDepth
+  int term_ends[kMaxSums];    // how many terms there are up to and with those of an output
+  int column_ends[kMaxSums];  // likewise columns of tiles
+};
+
+constexpr int kGroupedStages = 4;
+constexpr int kGroupedSharedBytes = 1024 + Ring<kGroupedStages>::kBytes + 2 * 2 * kBoxBytes;
+
+template <typename T, bool kAcrossK>
+__global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
+    grouped_product_kernel(const __grid_constant__ GroupedProductMaps maps,
+                           const __grid_constant__ GroupedProductShape shape) {
+  extern __shared__ uint8_t raw[];
+  uint8_t* shared = align_1024(raw);
+  const uint32_t boxes = shared_address(shared);
+  Ring<kGroupedStages> ring(shared + 2 * 2 * kBoxBytes);
+  const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    ring.init_barriers();
+    fence_init();
+  }
+  cluster_sync();
+
+  const TileOrder order(shape.rows, shape.column_ends[shape.outputs - 1]);
+  const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
+  // Of the tile: its output, its column within that, and the output's first term.
+  int row_pair, column, output, term;
+  const auto locate = [&](int tile) {
+    order.at(tile, row_pair, column);
+    output = 0, term = 0;
+    int first_column = 0;
+    while (column >= shape.column_ends[output]) {
+      first_column = shape.column_ends[output], term = shape.term_ends[output];
+      ++output;
+    }
+    column -= first_column;
+  };
+
+  if (warpgroup == 0) {
+    give_up_registers<40>();
+    if (threadIdx.x == 0) {
+      for (int tile = cluster; tile < order.size(); tile += clusters) {
+        locate(tile);
+        for (; term < shape.term_ends[output]; ++term) {
+          for (int step = 0; step < shape.steps[term]; ++step, ring.advance()) {
+            wait(ring.empty(), ring.parity ^ 1);
+            arrive_and_expect(ring.full(), kStageBytes);
+            load_tile(ring.first(), &maps.first[term], ring.full(), step * kDepth,
+                      (2 * row_pair + rank) * kRows);
+            if constexpr (kAcrossK) {
+              for (int box = 2 * rank; box < 2 * rank + 2; ++box) {
+                load_tile_multicast(ring.second() + box * kBoxBytes, &maps.second[term],
+                                    ring.full(), column * kWidth + 64 * box, step * kDepth, 0b11);
+              }
+            } else {
+              load_tile_multicast(ring.second() + rank * kSecondBytes / 2, &maps.second[term],
+                                  ring.full(), step * kDepth, column * kWidth + rank * kWidth / 2,
+                                  0b11);
+            }
+          }
+        }
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int half = warpgroup - 1, lane = threadIdx.x % 32;
+    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for stmatrix
+    const bool elected = threadIdx.x % 128 == 0;
+    const uint32_t box = boxes + half * 2 * kBoxBytes;
+    float sum[128];
+
+    for (int tile = cluster; tile < order.size(); tile += clusters) {
+      locate(tile);
+      int steps = 0;
+      for (; term < shape.term_ends[output]; ++term) steps += shape.steps[term];
+      multiply<T, kAcrossK>(sum, ring, steps, half);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t to = box + i % 2 * kBoxBytes;
+        if (elected) store_tiles_wait_read<1>();
+        named_sync<128>(1 + half);
+#pragma unroll
+        for (int chunk = 0; chunk < 8; chunk += 2) {
+          uint32_t r[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int at = 4 * (8 * i + chunk + j / 2) + 2 * (j % 2);
+            r[j] = pack<T>(sum[at], sum[at + 1]);
+          }
+          store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
+        }
+        fence_async();
+        named_sync<128>(1 + half);
+        if (elected) {
+          store_tile(&maps.out[output], to, column * kWidth + 64 * i,
+                     (2 * row_pair + rank) * kRows + half * 64);
+          store_tiles_commit();
+        }
+      }
+    }
+    if (elected) store_tiles_wait_read<0>();
+  }
+  cluster_sync();  // the other block may still send to this one's shared memory
+}
+
+}  // namespace torchtune_fused

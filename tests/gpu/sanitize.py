@@ -1,0 +1,163 @@
+"""Every kernel on small shapes, for NVIDIA's sanitizer to watch; arguments choose families.
+
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py decode sampling
+"""
+
+import sys
+
+import torch
+
+from torchtune_fused.build import load_kernels
+from torchtune_fused.ops import (
+    AdaptedLinear,
+    add_rms_norm,
+    attention,
+    attention_decode,
+    decode_gated,
+    decode_linear,
+    decode_qkv,
+    decode_sample,
+    document_bounds,
+    gated_mlp,
+    kv_cache_update,
+    linear_cross_entropy,
+    lora_gated_mlp,
+    lora_linear,
+    mask_tiles,
+    qk_norm_rope,
+    qk_norm_rope_append,
+    qkv_linear,
+    rms_norm,
+)
+
+DEVICE = "cuda"
+
+
+def normal(*shape):
+    return torch.randn(shape, device=DEVICE).bfloat16()
+
+
+def weight(*shape):
+    return (normal(*shape) / shape[-1] ** 0.5).requires_grad_()
+
+
+def backward(*outputs):
+    torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+
+
+def decode():
+    # The second k is too long for 16 tokens to stay in shared memory.
+    for tokens, n, k in [(1, 37, 72), (3, 48, 1160), (16, 24, 4104)]:
+        x, scale, matrix = normal(tokens, 1, k), normal(k), normal(n, k)
+        decode_linear(x, matrix, normal(n), residual=normal(tokens, 1, n), norm_weight=scale)
+        decode_linear(x, matrix, fp32_out=True)
+        decode_gated(x, matrix, normal(n, k), norm_weight=scale)
+    tables = torch.rand(32, 8, device=DEVICE), torch.rand(32, 8, device=DEVICE)
+    for interleaved, norms in [(True, None), (False, (normal(16), normal(16)))]:
+        caches = [normal(2, 2, 9, 16) for _ in range(2)]
+        # The last slot is free, and the one after it does not exist.
+        decode_qkv(
+            normal(2, 2, 72),
+            *(normal(64, 72), normal(32, 72), normal(32, 72)),
+            *caches,
+            torch.arange(8, 17, device=DEVICE),
+            rope=tables,
+            interleaved=interleaved,
+            head_norms=norms,
+        )
+
+
+def cached_attention():
+    for d in (40, 64, 80, 96, 128, 256):
+        shapes = [(1, 1, 7), (1, 150, 150), (1, 77, 1000)]
+        if d in (64, 128):
+            shapes += [(17, 17, 17), (67, 150, 201)]
+        for s, length, max_len in shapes:
+            caches = [normal(2, 2, max_len, d) for _ in range(2)]
+            mask = torch.rand(1, s, max_len, device=DEVICE) < 0.5
+            slots = torch.tensor([length], device=DEVICE)
+            attention_decode(normal(2, 6, s, d), *caches, slots)
+            attention_decode(normal(2, 6, s, d), *caches, slots, mask, window=50)
+
+
+def sampling():
+    logits, rng = torch.randn(3, 5001, device=DEVICE), torch.tensor([1, 0], device=DEVICE)
+    for options in ({"temperature": 0.0}, {}, {"top_k": 50}, {"top_p": 0.9}):
+        decode_sample(logits, rng, **options)
+    decode_sample(logits, rng, top_k=50, top_p=0.9)
+
+
+def attentions(deterministic=False):
+    torch.use_deterministic_algorithms(deterministic)
+    for s in (1, 67, 200):
+        mask = torch.rand(2, s, s, device=DEVICE) < 0.5
+        mask[1, : s // 2] = False
+        ids = torch.randint(0, 4, (2, s), device=DEVICE).sort().values
+        mask_tiles(mask)
+        for options in (
+            {},
+            {"causal": True},
+            {"causal": True, "window": 50, "softcap": 2.0},
+            {"causal": True, "documents": document_bounds(ids)},
+            {"mask": mask},
+        ):
+            for d in (64, 80, 96, 128, 256):
+                # Heads first in memory, so that our own kernels compute the gradients.
+                tensors = [normal(2, h, s, d).requires_grad_() for h in (4, 2, 2)]
+                backward(attention(*tensors, **options))
+    torch.use_deterministic_algorithms(False)
+
+
+def norms_and_rotations():
+    for rows, dim in [(1, 64), (67, 64), (5, 2048), (3, 4096 + 8)]:
+        x, residual = (normal(rows, dim).requires_grad_() for _ in range(2))
+        backward(rms_norm(x, weight(dim), 1e-6))
+        backward(*add_rms_norm(x, residual, weight(dim), 1e-6))
+    for d in (64, 128):
+        tables = torch.rand(2, 67, d // 2, device=DEVICE)
+        for norms in (None, (weight(d), weight(d))):
+            heads = [normal(2, 67, h, d).requires_grad_() for h in (4, 2)]
+            backward(*qk_norm_rope(*heads, *tables, interleaved=True, head_norms=norms))
+    caches = [normal(2, 2, 70, 64) for _ in range(2)]
+    slots = torch.arange(70, device=DEVICE)
+    kv_cache_update(*caches, slots, normal(2, 2, 33, 64), normal(2, 2, 33, 64))
+    tables = torch.rand(2, 67, 32, device=DEVICE)
+    heads = [normal(2, 33, h, 64) for h in (4, 2, 2)]
+    with torch.no_grad():
+        qk_norm_rope_append(*heads, *caches, slots, *tables, interleaved=True)
+
+
+def products():
+    # So many tokens are for Hopper's own products; no tile is full.
+    for tokens, dim, hidden in [(5, 72, 104), (520, 136, 200)]:
+        x = normal(tokens, dim).requires_grad_()
+        backward(gated_mlp(x, weight(hidden, dim), weight(hidden, dim), weight(dim, hidden)))
+        adapted = [
+            AdaptedLinear(weight(o, i).detach(), weight(16, i), weight(o, 16))
+            for i, o in ((dim, hidden), (dim, hidden), (hidden, dim))
+        ]
+        backward(lora_gated_mlp(x, *adapted, scale=2.0))
+        backward(lora_linear(x, *adapted[0][:3], scale=2.0))
+        backward(*qkv_linear(x, *adapted[:2], AdaptedLinear(weight(hidden, dim))))
+        targets = torch.randint(hidden, (tokens,), device=DEVICE)
+        backward(linear_cross_entropy(x, weight(hidden, dim), targets))
+
+
+FAMILIES = {
+    "decode": decode,
+    "cached_attention": cached_attention,
+    "sampling": sampling,
+    "attention": attentions,
+    "deterministic_attention": lambda: attentions(deterministic=True),
+    "norms_and_rotations": norms_and_rotations,
+    "products": products,
+}
+
+if __name__ == "__main__":
+    assert load_kernels(), "the kernels are not usable; see `torchtune-fused doctor`"
+    for family in sys.argv[1:] or FAMILIES:
+        FAMILIES[family]()
+        torch.cuda.synchronize()
+        print(f"{family}: ran to its end", flush=True)

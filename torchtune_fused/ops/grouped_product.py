@@ -1,0 +1,121 @@
+"""Sums of matrix products: linear layers of one input with adapters, and that input's gradient.
+
+Not public: what `qkv_linear`, `lora_linear` and the gated MLPs are made of. One kernel for all the
+products of a call, where there is one; elsewhere each is added into the sum by the product itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtune_fused.ops._library import LIBRARY, define_op
+
+
+def grouped_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    low: Sequence[Tensor | None],
+    bs: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """``x @ weightᵀ + bias + low @ bᵀ`` of each layer; inside of an op only.
+
+    Args:
+        x (Tensor): input of all layers, ``[..., in]``.
+        weights (Sequence[Tensor]): ``[out, in]`` of each.
+        biases (Sequence[Tensor | None]): ``[out]``.
+        low (Sequence[Tensor | None]): input of each layer's adapter, ``[..., rank]``. None: it has
+            none.
+        bs (Sequence[Tensor | None]): the adapter's second matrix, ``[out, rank]``.
+
+    Returns:
+        list[Tensor]: ``[..., out]`` of each.
+    """
+    rows, shape = rows_of(x), x.shape[:-1]
+    low = [None if t is None else rows_of(t) for t in low]
+    if x.is_cuda and all(bias is None for bias in biases):
+        firsts, seconds, terms = [], [], []
+        for weight, own, b in zip(weights, low, bs, strict=True):
+            firsts += [rows] if own is None else [rows, own]
+            seconds += [weight] if own is None else [weight, b]
+            terms.append(1 if own is None else 2)
+        ops = torch.ops.torchtune_fused
+        if ops.grouped_product_takes(firsts, seconds, terms, False):
+            outs = ops.grouped_product(firsts, seconds, terms, False)
+            return [out.view(*shape, out.shape[1]) for out in outs]
+    outs = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
+    for out, own, b in zip(outs, low, bs, strict=True):
+        if own is not None:
+            out.addmm_(own, b.t())
+    return [out.view(*shape, out.shape[1]) for out in outs]
+
+
+def sum_of_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tensor:
+    """The sum of ``first @ second``.
+
+    Args:
+        firsts (Sequence[Tensor]): ``[rows, k]`` each.
+        seconds (Sequence[Tensor]): ``[k, n]`` each.
+
+    Returns:
+        Tensor: shape ``[rows, n]``.
+    """
+    return torch.ops.torchtune_fused.sum_of_products(list(firsts), list(seconds))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` as a matrix, its last dimension across."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# Each output is the sum of its next terms[i] products, first @ second with `across`, else
+# first @ secondᵀ.
+@define_op(
+    "grouped_product(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across) -> Tensor[]"
+)
+def _reference(firsts, seconds, terms, across):
+    outs, start = [], 0
+    for count in terms:
+        own = slice(start, start + count)
+        start += count
+        outs.append(_add_up(firsts[own], [s if across else s.t() for s in seconds[own]]))
+    return outs
+
+
+def _add_up(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tensor:
+    out = firsts[0] @ seconds[0]
+    for first, second in zip(firsts[1:], seconds[1:], strict=True):
+        out.addmm_(first, second)  # into the sum itself, where torch.addmm would copy it first
+    return out
+
+
+@torch.library.register_fake("torchtune_fused::grouped_product", lib=LIBRARY)
+def _(firsts, seconds, terms, across):
+    ends = [sum(terms[: i + 1]) for i in range(len(terms))]
+    return [
+        firsts[0].new_empty(firsts[0].shape[0], seconds[end - 1].shape[1 if across else 0])
+        for end in ends
+    ]
+
+
+@define_op(
+    "grouped_product_takes(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across) -> bool"
+)
+def _takes(firsts, seconds, terms, across):
+    return False  # Only the compiled library has the kernel, and knows for what.
+
+
+# What autograd calls: the choice between the two is made below the tracers.
+@define_op("sum_of_products(Tensor[] firsts, Tensor[] seconds) -> Tensor")
+def _sum_of_products(firsts, seconds):
+    ops, terms = torch.ops.torchtune_fused, [len(firsts)]
+    if firsts[0].is_cuda and ops.grouped_product_takes(firsts, seconds, terms, True):
+        return ops.grouped_product(firsts, seconds, terms, True)[0]
+    return _add_up(firsts, seconds)
+
+
+@torch.library.register_fake("torchtune_fused::sum_of_products", lib=LIBRARY)
+def _(firsts, seconds):
+    return firsts[0].new_empty(firsts[0].shape[0], seconds[0].shape[1])
