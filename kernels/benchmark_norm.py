@@ -1,6 +1,6 @@
 """Times RMSNorm and the rotation of queries and keys on one GPU, forward and backward.
 
-    python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum backward] [--systems ours]
+    python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum rope] [--systems ours]
 
 8192 tokens in bf16, beside torchtune's modules, eager and compiled. Calls run in a captured CUDA
 graph over enough distinct inputs that nothing is read twice from L2; a figure is the median of 20
@@ -15,7 +15,13 @@ from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 
 from torchtune_fused.build import load_kernels
 from torchtune_fused.kernels.timing import captured_microseconds
-from torchtune_fused.ops import add_rms_norm, qk_norm_rope, rms_norm
+from torchtune_fused.ops import (
+    add_rms_norm,
+    kv_cache_update,
+    qk_norm_rope,
+    qk_norm_rope_append,
+    rms_norm,
+)
 
 TOKENS, COPIES = 8192, 6
 rms_norm_backward = torch.ops.torchtune_fused.rms_norm_backward
@@ -163,9 +169,35 @@ def rope(chosen, copy):
         race(case, systems, chosen, inputs, grads, sizes, copy)
 
 
+def cache(chosen, copy):
+    """A prompt on its way into the KV cache, in one pass and in two."""
+    start = torch.arange(TOKENS, device="cuda")  # every run begins with an empty cache
+    for d in (64, 128):
+        cos, sin = RotaryPositionalEmbeddings(d, max_seq_len=TOKENS).cuda().cache.unbind(-1)
+
+        def one(q, k, v, *caches, cos=cos, sin=sin):
+            position = start.clone()
+            return qk_norm_rope_append(q, k, v, *caches, position, cos, sin, interleaved=True)
+
+        def two(q, k, v, *caches, cos=cos, sin=sin):
+            q, k = qk_norm_rope(q, k, cos, sin, interleaved=True)
+            kv_cache_update(*caches, start.clone(), k.transpose(1, 2), v.transpose(1, 2))
+            return q
+
+        inputs = []
+        for _ in range(COPIES):
+            heads = normal(1, TOKENS, 32 + 2 * 8, d).split((32, 8, 8), dim=2)
+            inputs.append((*heads, normal(1, 8, TOKENS, d), normal(1, 8, TOKENS, d)))
+        size = 2 * TOKENS * (32 + 2 * 8) * d * 2
+        for name, run in (("one pass", one), ("two", two)) if "ours" in chosen else ():
+            with torch.no_grad():
+                time = microseconds(run, inputs)
+            report(f"q, k and v to the cache, 32/8, D {d}: {name}", time, size, copy)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cases = {"norm": norm, "sum": of_sum, "backward": backward, "rope": rope}
+    cases = {"norm": norm, "sum": of_sum, "backward": backward, "rope": rope, "cache": cache}
     systems = ["ours", "torchtune compiled", "torchtune"]
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--systems", nargs="+", choices=systems, default=systems)

@@ -6,7 +6,9 @@
 namespace torchtune_fused {
 
 extern template struct FlashForwardSm90<64>;
+extern template struct FlashForwardSm90<96>;
 extern template struct FlashForwardSm90<128>;
+extern template struct FlashForwardSm90<256>;
 
 namespace {
 
@@ -25,7 +27,7 @@ TileCounter* next_counter() {
 }  // namespace
 
 bool flash_forward_sm90_takes(const FlashAttentionParams& p) {
-  return runs_sm90_code() && (p.head_dim == 64 || p.head_dim == 128) &&
+  return runs_sm90_code() && p.head_dim > 0 && p.head_dim <= 256 && p.head_dim % 8 == 0 &&
          (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && p.scale > 0 &&
          copyable(p.q, p.q_stride, p.batch, p.heads, p.queries) &&
          copyable(p.k, p.k_stride, p.batch, p.kv_heads, p.keys) &&
@@ -34,11 +36,13 @@ bool flash_forward_sm90_takes(const FlashAttentionParams& p) {
 }
 
 void launch_flash_forward_sm90(const FlashAttentionParams& params, cudaStream_t stream) {
-  switch (params.head_dim) {
-    case 64: return FlashForwardSm90<64>::launch(params, next_counter(), stream);
-    case 128: return FlashForwardSm90<128>::launch(params, next_counter(), stream);
-  }
-  raise("Hopper's attention kernel takes a head dimension of 64 or 128, got ", params.head_dim);
+  const int d = params.head_dim;
+  TTF_CHECK(d > 0 && d <= 256 && d % 8 == 0,
+            "the head dimension must be a multiple of 8 up to 256, got ", d);
+  if (d <= 64) return FlashForwardSm90<64>::launch(params, next_counter(), stream);
+  if (d <= 96) return FlashForwardSm90<96>::launch(params, next_counter(), stream);
+  if (d <= 128) return FlashForwardSm90<128>::launch(params, next_counter(), stream);
+  FlashForwardSm90<256>::launch(params, next_counter(), stream);
 }
 
 }  // namespace torchtune_fused

@@ -6,38 +6,64 @@
 
 namespace torchtune_fused {
 
-// Of 32 blocks of keys: which are to be loaded, and which of these need the general step.
+// Of 32 blocks of keys: which are to be loaded, and the notes of this lane's.
 struct BlockSet {
-  uint32_t present, general;
+  uint32_t present;
+  unsigned notes;
 };
 
-// Each lane examines one block; `any` are the keys that any query of the tile may see, and `every`
-// those that every one may see.
+// Notes what the consumers may see, each one and all together.
+template <typename Shape>
+__device__ __forceinline__ KeyRange note_sight(const ForwardKernelParams& p, const QueryTile& tile,
+                                               ForwardShared<Shape>& shared) {
+  const int lane = threadIdx.x % 32, row = tile.row + 64 * lane;
+  KeyRange any = {};
+  __syncwarp();  // all have read what was noted of the tile before
+  if (lane < Shape::kConsumers) {
+    Sight sight = {};
+    if (row < p.queries) {
+      const int filled = filled_keys(p);
+      const KeyRange top = visible_keys(p, filled, tile.batch, row);
+      const KeyRange bottom = visible_keys(p, filled, tile.batch, min(row + 64, p.queries) - 1);
+      sight = {{top.first, bottom.last}, {bottom.first, top.last}};
+    }
+    shared.sight[lane] = sight;
+    any = sight.any;
+  }
+  __syncwarp();
+  return {__shfl_sync(~0u, any.first, 0), __reduce_max_sync(~0u, any.last)};
+}
+
+// Each lane examines one block.
 template <typename Shape>
 __device__ __forceinline__ BlockSet examine_blocks(const ForwardKernelParams& p,
-                                                   const QueryTile& tile, KeyRange any,
-                                                   KeyRange every, int first_block) {
+                                                   const QueryTile& tile,
+                                                   const ForwardShared<Shape>& shared,
+                                                   int first_block) {
   const AttentionMask& mask = p.mask;
   const int first = (first_block + threadIdx.x % 32) * Shape::kKeys, last = first + Shape::kKeys;
-  bool present = first < any.last && last > any.first;
-  bool general = first < every.first || last > every.last || p.tanh_scale != 0.f;
-  if (mask.tile_kinds && present) {
-    const unsigned char* kinds = mask.tile_kinds + tile.batch * mask.kinds_batch_stride +
-                                 tile.head * mask.kinds_head_stride;
-    const int last_row = min(tile.row + Shape::kRows, p.queries) - 1;
-    const int last_column = min((last - 1) / kMaskTile, mask.kinds_row_stride - 1);
-    present = false;
+  unsigned notes = 0;
 #pragma unroll 1
-    for (int row = tile.row / kMaskTile; row <= last_row / kMaskTile; ++row) {
+  for (int consumer = 0; consumer < Shape::kConsumers; ++consumer) {
+    const auto& [any, every] = shared.sight[consumer];
+    bool seen = first < any.last && last > any.first;
+    bool general = first < every.first || last > every.last || p.tanh_scale != 0.f;
+    if (mask.tile_kinds && seen) {
+      const unsigned char* kinds = mask.tile_kinds + tile.batch * mask.kinds_batch_stride +
+                                   tile.head * mask.kinds_head_stride +
+                                   int64_t{tile.row / kMaskTile + consumer} * mask.kinds_row_stride;
+      const int last_column = min((last - 1) / kMaskTile, mask.kinds_row_stride - 1);
+      seen = false;
 #pragma unroll 1
       for (int column = first / kMaskTile; column <= last_column; ++column) {
-        const unsigned char kind = kinds[int64_t{row} * mask.kinds_row_stride + column];
-        present |= kind != kTileEmpty;
-        general |= kind != kTileFull;
+        seen |= kinds[column] != kTileEmpty;
+        general |= kinds[column] != kTileFull;
       }
     }
+    if (seen) notes |= KeyBlock::kSeen << consumer;
+    if (seen && general) notes |= KeyBlock::kGeneral << consumer;
   }
-  return {__ballot_sync(~0u, present), __ballot_sync(~0u, general)};
+  return {__ballot_sync(~0u, notes & KeyBlock::kSeenByAny), notes};
 }
 
 // Tiles of a section of heads, the last rows (under a causal mask the heaviest) of all its heads
@@ -52,80 +78,90 @@ __device__ __forceinline__ QueryTile query_tile(const ForwardKernelParams& p, un
           static_cast<int>((p.row_tiles - 1 - row_tile) * Shape::kRows), false};
 }
 
+template <int kRows, int kPieces>
+__device__ __forceinline__ void load(unsigned char* shared, const CUtensorMap& map, int batch,
+                                     int head, int row, Barrier& barrier) {
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    load_piece(shared + i * kRows * 128, map, batch, head, row, 64 * i, barrier);
+  }
+}
+
 template <typename Shape>
 __device__ __forceinline__ void produce(const ForwardKernelParams& p,
                                         ForwardShared<Shape>& shared) {
   using QueryPlace = Place<Shape::kQuerySlots>;
   using KeyPlace = Place<Shape::kSlots>;
   const bool leader = threadIdx.x % 32 == 0;
-  unsigned tiles = 0, blocks = 0;  // sent so far; blocks of keys
+  unsigned tiles = 0, blocks = 0, values = 0;  // sent so far; blocks of keys, and of values
+
+  // K of a block goes ahead of V of the block before, as the consumers want them.
+  const auto load_values_until = [&](unsigned end) {
+    if (values == end) return;
+    const KeyPlace v(values++);
+    wait(shared.v_empty[v.slot], v.parity ^ 1);
+    if (leader) {
+      const KeyBlock& block = shared.block[v.slot];
+      arrive_and_expect(shared.v_full[v.slot], sizeof(shared.v[0]));
+      load<Shape::kKeys, Shape::kPieces>(shared.v[v.slot], p.v, block.batch, block.head,
+                                         block.first, shared.v_full[v.slot]);
+    }
+  };
 
   for (unsigned index = blockIdx.x; index < p.row_tiles * p.all_heads;) {
     unsigned next_index = 0;
     if (leader) next_index = gridDim.x + atomicAdd(&p.counter->next, 1u);
     QueryTile tile = query_tile<Shape>(p, index);
-    const int filled = filled_keys(p), kv_head = tile.head / p.group;
-    const KeyRange top = visible_keys(p, filled, tile.batch, tile.row);
-    const KeyRange bottom =
-        visible_keys(p, filled, tile.batch, min(tile.row + Shape::kRows, p.queries) - 1);
-    const KeyRange any = {top.first, bottom.last}, every = {bottom.first, top.last};
+    const int kv_head = tile.head / p.group;
+    const KeyRange any = note_sight(p, tile, shared);
 
     // Goes down the blocks of keys: `set` holds what is left of the 32 from block `group` on.
     const int lowest = any.first / Shape::kKeys;
     int group = any.last > 0 ? (any.last - 1) / Shape::kKeys / 32 * 32 : 0;
-    BlockSet set = examine_blocks<Shape>(p, tile, any, every, group);
+    BlockSet set = examine_blocks<Shape>(p, tile, shared, group);
     const auto find_block = [&] {
       while (!set.present && group > lowest) {
         group -= 32;
-        set = examine_blocks<Shape>(p, tile, any, every, group);
+        set = examine_blocks<Shape>(p, tile, shared, group);
       }
       return set.present != 0;
     };
 
     tile.sees_keys = find_block();
+    load_values_until(blocks);  // the last ones of the tile before
     const QueryPlace q(tiles++);
     wait(shared.q_empty[q.slot], q.parity ^ 1);
     if (leader) {
       shared.tile[q.slot] = tile;
       if (tile.sees_keys) {
         arrive_and_expect(shared.q_full[q.slot], sizeof(shared.q[0]));
-        load_tile(shared.q[q.slot], p.q, tile.batch, tile.head, tile.row, shared.q_full[q.slot]);
+        load<Shape::kRows, Shape::kPieces>(shared.q[q.slot], p.q, tile.batch, tile.head, tile.row,
+                                           shared.q_full[q.slot]);
       } else {
         arrive(shared.q_full[q.slot]);
       }
     }
 
-    // K of a block goes ahead of V of the block before, as the consumers want them.
-    const auto load_values = [&](unsigned number) {
-      const KeyPlace v(number);
-      wait(shared.v_empty[v.slot], v.parity ^ 1);
-      if (leader) {
-        arrive_and_expect(shared.v_full[v.slot], sizeof(shared.v[0]));
-        load_tile(shared.v[v.slot], p.v, tile.batch, kv_head, shared.block[v.slot].first,
-                  shared.v_full[v.slot]);
-      }
-    };
-    for (bool more = tile.sees_keys, first = true; more; first = false) {
+    for (bool more = tile.sees_keys; more;) {
       const int i = 31 - __clz(set.present);
-      KeyBlock block;
-      block.first = (group + i) * Shape::kKeys;
-      block.general = set.general >> i & 1;
+      KeyBlock block = {(group + i) * Shape::kKeys, __shfl_sync(~0u, set.notes, i), tile.batch,
+                        kv_head};
       set.present ^= 1u << i;
       more = find_block();
-      block.last = !more;
+      if (!more) block.notes |= KeyBlock::kLast;
       const KeyPlace k(blocks);
       wait(shared.k_empty[k.slot], k.parity ^ 1);
       if (leader) {
         shared.block[k.slot] = block;
         arrive_and_expect(shared.k_full[k.slot], sizeof(shared.k[0]));
-        load_tile(shared.k[k.slot], p.k, tile.batch, kv_head, block.first, shared.k_full[k.slot]);
+        load<Shape::kKeys, Shape::kPieces>(shared.k[k.slot], p.k, tile.batch, kv_head, block.first,
+                                           shared.k_full[k.slot]);
       }
-      if (!first) load_values(blocks - 1);
-      ++blocks;
+      load_values_until(blocks++);
     }
-    if (tile.sees_keys) load_values(blocks - 1);
     index = __shfl_sync(~0u, next_index, 0);
   }
+  load_values_until(blocks);
 
   const QueryPlace q(tiles);
   wait(shared.q_empty[q.slot], q.parity ^ 1);

@@ -25,25 +25,33 @@ struct ForwardKernelParams {
   TileCounter* counter;
 };
 
-// The tiles for a head dimension, as large as registers and shared memory allow.
+// The tiles for head dimensions up to kHeadDim, as large as registers and shared memory allow.
 template <int kHeadDim_>
 struct ForwardShape {
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups of 64 queries
+  static constexpr int kHeadDim = kHeadDim_;  // a tensor's columns beyond its own read as zeros
+  static constexpr int kPieces = (kHeadDim + 63) / 64;             // of 64 columns
+  static constexpr int kConsumers = kHeadDim <= 96 ? 3 : 2;        // warpgroups of 64 queries
   static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kKeys = 128;
-  static constexpr int kQuerySlots = 2;
-  static constexpr int kSlots = kHeadDim == 64 ? 3 : 2;
-  static constexpr int kRowBytes = 2 * kHeadDim;
+  static constexpr int kKeys = kHeadDim == 96 ? 96 : kHeadDim == 256 ? 64 : 128;
+  static constexpr int kQuerySlots = kHeadDim == 256 ? 1 : 2;
+  static constexpr int kSlots = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kOutSlots = kHeadDim == 128 ? 2 : 1;  // of a warp, each for a piece
+  static constexpr bool kTurns = kHeadDim != 64;
+  static constexpr int kRowBytes = 128 * kPieces;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Of a thread: what the producer keeps of its share goes to the consumers. The sum must not be
   // above what the launch gives, 65536 / kThreads a thread, down to a multiple of 8.
-  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 };
 
 struct KeyRange {
   int first, last;  // [first, last)
+};
+
+// The keys that any query of a consumer may see, and those that every one may, the bits aside.
+struct Sight {
+  KeyRange any, every;
 };
 
 struct QueryTile {
@@ -52,23 +60,37 @@ struct QueryTile {
   bool sees_keys;
 };
 
+// Each consumer sees a block of keys in whole, in part or not at all.
 struct KeyBlock {
-  int first;     // key
-  bool general;  // needs the softcap or masks
-  bool last;     // of the tile
+  int first;       // key
+  unsigned notes;  // bit 0: it is the tile's last; 1 + c: consumer c sees it; 9 + c: not in whole
+  int batch, head;
+
+  static constexpr unsigned kLast = 1;
+  static constexpr unsigned kSeen = 2;
+  static constexpr unsigned kGeneral = 512;
+  static constexpr unsigned kSeenByAny = 255 * kSeen;
+
+  __device__ __forceinline__ bool last() const { return notes & kLast; }
+  __device__ __forceinline__ bool seen(int consumer) const { return notes & kSeen << consumer; }
+  // Whether the consumer needs the softcap or masks.
+  __device__ __forceinline__ bool general(int consumer) const {
+    return notes & kGeneral << consumer;
+  }
 };
 
 template <typename Shape>
 struct ForwardShared {
+  unsigned char out[4 * Shape::kConsumers][Shape::kOutSlots][16 * 128];  // of each warp
   unsigned char q[Shape::kQuerySlots][Shape::kRows * Shape::kRowBytes];
   unsigned char k[Shape::kSlots][Shape::kKeys * Shape::kRowBytes];
   unsigned char v[Shape::kSlots][Shape::kKeys * Shape::kRowBytes];
-  unsigned char out[4 * Shape::kConsumers][16 * Shape::kRowBytes];  // of each warp
   Barrier q_full[Shape::kQuerySlots], q_empty[Shape::kQuerySlots];
   Barrier k_full[Shape::kSlots], k_empty[Shape::kSlots];
   Barrier v_full[Shape::kSlots], v_empty[Shape::kSlots];
   QueryTile tile[Shape::kQuerySlots];  // comes with q
   KeyBlock block[Shape::kSlots];       // comes with k
+  Sight sight[Shape::kConsumers];      // of the tile that is being loaded
   KeyRange seen[Shape::kRows];         // by each query, the bits aside
 };
 

@@ -105,6 +105,30 @@ struct Softmax {
       max[row] = top;
       sum[row] *= decay[row];
     }
+    exponentials(s, scale, shift, sum);
+    return !keep;
+  }
+
+  // The same without a look at the scores, for those that are not masked: the maxima stay. False if
+  // they can't: some row of the warp has outgrown its own by far, or has none. The scores are then
+  // lost, and nothing else has changed.
+  template <int kCount>
+  __device__ __forceinline__ bool update_boldly(float (&s)[kCount], float scale, float most) {
+    const float shift[2] = {max[0] * scale, max[1] * scale};
+    float sums[2] = {0.f, 0.f};
+    exponentials(s, scale, shift, sums);
+    const bool fits = __all_sync(~0u, sums[0] <= most && sums[1] <= most);
+    if (fits) {
+      sum[0] += sums[0];
+      sum[1] += sums[1];
+    }
+    return fits;
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void exponentials(float (&s)[kCount], float scale,
+                                               const float (&shift)[2], float (&sums)[2]) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
@@ -113,10 +137,9 @@ struct Softmax {
         float& b = s[4 * j + 2 * row + 1];
         a = exp2_approx(fmaf(a, scale, -shift[row]));
         b = exp2_approx(fmaf(b, scale, -shift[row]));
-        sum[row] += a + b;
+        sums[row] += a + b;
       }
     }
-    return !keep;
   }
 };
 

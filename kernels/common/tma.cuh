@@ -85,6 +85,33 @@ inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int ba
   return map;
 }
 
+// Describes the same for any number of columns, to be copied piece by piece: 64 columns of
+// `tile_rows` rows. Columns beyond the tensor, too, read as zeros and are not written.
+inline CUtensorMap piece_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
+                             int rows, int columns, int tile_rows, DType dtype) {
+  const auto bytes = [](int size, int64_t elements) {
+    return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
+  };
+  const cuuint64_t sizes[4] = {
+      static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows < 1 ? 1 : rows),
+      static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t strides[3] = {bytes(rows, stride[2]), bytes(heads, stride[1]),
+                                 bytes(batch, stride[0])};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(tile_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder()(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
+            " for a tensor [", batch, ", ", heads, ", ", rows, ", ", columns, "] with strides ",
+            stride[0], ", ", stride[1], ", ", stride[2]);
+  return map;
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -109,6 +136,15 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, int
       : "memory");
 }
 
+__device__ __forceinline__ void load_piece(void* shared, const CUtensorMap& map, int batch,
+                                           int head, int row, int column, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 // By one thread, after `fence_async` in the threads that wrote the tile and a barrier among them.
 __device__ __forceinline__ void store_tile(const CUtensorMap& map, int batch, int head, int row,
                                            const void* shared) {
@@ -129,9 +165,20 @@ __device__ __forceinline__ void add_floats(float* global, const float* shared, i
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until this thread's stores have read shared memory.
+__device__ __forceinline__ void store_piece(const CUtensorMap& map, int batch, int head, int row,
+                                            int column, const void* shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
+          "l"(&map),
+      "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until of this thread's stores all but the last kPending have read shared memory.
+template <int kPending = 0>
 __device__ __forceinline__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // Makes this thread's writes to shared memory visible to the copy engine and to wgmma.

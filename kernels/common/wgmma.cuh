@@ -114,19 +114,50 @@ struct Wgmma;
     }                                                                                          \
   };
 #define TTF_COMMA ,
+#define TTF_D16(i) TTF_D8(i), TTF_D8(i + 8)
+#define TTF_R32_47 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TTF_R64_79 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define TTF_R64_127                                                                               \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "    \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "    \
+  "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "    \
+  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define TTF_WGMMA_64(T, TYPE) \
   TTF_WGMMA(T, TYPE, 64, TTF_R0_31, TTF_D32(0), "32", "33", "34", "35", "36")
 #define TTF_WGMMA_128(T, TYPE)                                                        \
   TTF_WGMMA(T, TYPE, 128, TTF_R0_31 ", " TTF_R32_63, TTF_D32(0) TTF_COMMA TTF_D32(32), \
             "64", "65", "66", "67", "68")
+#define TTF_WGMMA_96(T, TYPE)                                                       \
+  TTF_WGMMA(T, TYPE, 96, TTF_R0_31 ", " TTF_R32_47, TTF_D32(0) TTF_COMMA TTF_D16(32), \
+            "48", "49", "50", "51", "52")
+#define TTF_WGMMA_160(T, TYPE)                                                                  \
+  TTF_WGMMA(T, TYPE, 160, TTF_R0_31 ", " TTF_R32_63 ", " TTF_R64_79,                            \
+            TTF_D32(0) TTF_COMMA TTF_D32(32) TTF_COMMA TTF_D16(64), "80", "81", "82", "83", "84")
+#define TTF_WGMMA_256(T, TYPE)                                                                    \
+  TTF_WGMMA(T, TYPE, 256, TTF_R0_31 ", " TTF_R32_63 ", " TTF_R64_127,                             \
+            TTF_D32(0) TTF_COMMA TTF_D32(32) TTF_COMMA TTF_D32(64) TTF_COMMA TTF_D32(96), "128",  \
+            "129", "130", "131", "132")
 
 TTF_WGMMA_64(__half, "f16")
 TTF_WGMMA_64(__nv_bfloat16, "bf16")
 TTF_WGMMA_128(__half, "f16")
 TTF_WGMMA_128(__nv_bfloat16, "bf16")
+TTF_WGMMA_96(__half, "f16")
+TTF_WGMMA_96(__nv_bfloat16, "bf16")
+TTF_WGMMA_160(__half, "f16")
+TTF_WGMMA_160(__nv_bfloat16, "bf16")
+TTF_WGMMA_256(__half, "f16")
+TTF_WGMMA_256(__nv_bfloat16, "bf16")
 
+#undef TTF_WGMMA_256
+#undef TTF_WGMMA_160
+#undef TTF_WGMMA_96
 #undef TTF_WGMMA_128
 #undef TTF_WGMMA_64
+#undef TTF_R64_127
+#undef TTF_R64_79
+#undef TTF_R32_47
+#undef TTF_D16
 #undef TTF_COMMA
 #undef TTF_WGMMA
 #undef TTF_R32_63

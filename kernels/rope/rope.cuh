@@ -1,12 +1,12 @@
 // Rotary position embeddings of queries and keys, with an RMSNorm over each head or without.
 //
 // A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin); norms are those of
-// norm/rms_norm. Keys may go into a KV cache, and values with them. Grid: blocks for the queries, then
-// for the keys, then for the values. Block: kWarps warps, each with one token at a time and all of
-// its heads. A head takes `lanes` lanes of a warp (a power of
-// two), of which each holds kPairs pairs: kVec channels from the first half of the head and kVec
-// from the second, as 16-byte vectors; or, where d or the strides don't allow vectors, pair by
-// pair. Angles of a block's tokens and the norm's weight are staged in shared memory.
+// norm/rms_norm. Keys may go into a KV cache, and values with them, as they are. Grid: blocks for
+// the queries, then for the keys, then for the values. Block: kWarps warps, each with one token at
+// a time and all of its heads. A head takes `lanes` lanes of a warp (a power of two), of which each
+// holds kPairs pairs: kVec channels from the first half of the head and kVec from the second, as
+// 16-byte vectors; or, where d or the strides don't allow vectors, pair by pair. Angles of a
+// block's tokens and the norm's weight are staged in shared memory.
 #pragma once
 
 #include "common/elements.cuh"

@@ -14,9 +14,9 @@ void plan_rope_backward(RopeParams& params) {
   const int64_t wave = int64_t{per_sm} * device_properties().num_sms;
   const int64_t needed = (params.tokens + kWarps - 1) / kWarps;
   const int heads = params.of[0].heads + params.of[1].heads;
-  for (RopeHeads& part : params.of) {
-    const int64_t share = heads > 0 ? wave * part.heads / heads : 0;
-    part.blocks = static_cast<int>(std::min(needed, std::max<int64_t>(share, 1)));
+  for (RopeHeads* part : {&params.of[0], &params.of[1]}) {
+    const int64_t share = heads > 0 ? wave * part->heads / heads : 0;
+    part->blocks = static_cast<int>(std::min(needed, std::max<int64_t>(share, 1)));
   }
 }
 

@@ -1,0 +1,3 @@
+#include "attention/flash_forward_sm90.cuh"
+
+template struct torchtune_fused::FlashForwardSm90<256>;
