@@ -5,28 +5,43 @@
 
 namespace torchtune_fused {
 
-extern template struct DecodeAttention<64>;
-extern template struct DecodeAttention<80>;
-extern template struct DecodeAttention<96>;
-extern template struct DecodeAttention<128>;
-extern template struct DecodeAttention<256>;
+extern template struct DecodeAttention<64, false>;
+extern template struct DecodeAttention<80, false>;
+extern template struct DecodeAttention<96, false>;
+extern template struct DecodeAttention<128, false>;
+extern template struct DecodeAttention<256, false>;
+#ifdef TTF_HAS_SM90
+extern template struct DecodeAttention<64, true>;
+extern template struct DecodeAttention<80, true>;
+extern template struct DecodeAttention<96, true>;
+extern template struct DecodeAttention<128, true>;
+extern template struct DecodeAttention<256, true>;
+#endif
 
 namespace {
 
 constexpr int kMaxSplits = 64;
 constexpr int kLeastKeys = 64;  // of a split
+// Splits that form a cluster. Larger clusters find room too late, as all of their blocks start at
+// once in one part of the GPU; a short cache has no more splits than that.
+constexpr int kMaxCluster = 4;
+constexpr int kShortCache = 1280;
 
-// Calls f with the instantiation for the head dimension.
-template <typename F>
-auto with_head_dim(int head_dim, F f) {
-  switch (head_dim) {
-    case 64: return f(DecodeAttention<64>());
-    case 80: return f(DecodeAttention<80>());
-    case 96: return f(DecodeAttention<96>());
-    case 128: return f(DecodeAttention<128>());
-    case 256: return f(DecodeAttention<256>());
+template <bool kClustered>
+void launch(const DecodeAttentionParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return DecodeAttention<64, kClustered>::launch(p, stream);
+    case 80:
+      return DecodeAttention<80, kClustered>::launch(p, stream);
+    case 96:
+      return DecodeAttention<96, kClustered>::launch(p, stream);
+    case 128:
+      return DecodeAttention<128, kClustered>::launch(p, stream);
+    case 256:
+      return DecodeAttention<256, kClustered>::launch(p, stream);
   }
-  raise("the head dimension must be 64, 80, 96, 128 or 256, got ", head_dim);
+  raise("the head dimension must be 64, 80, 96, 128 or 256, got ", p.head_dim);
 }
 
 int64_t tile_count(const DecodeAttentionParams& p) {
@@ -68,6 +83,8 @@ bool decode_attention_is_fast(const DecodeAttentionParams& p) {
 int64_t plan_decode_attention(DecodeAttentionParams& p) {
   // One block per SM, all at once or in waves that are nearly full: the fewest splits within 4% of
   // the best use of the SMs.
+  const bool clusters = runs_sm90_code();
+  const int limit = clusters && p.max_len <= kShortCache ? kMaxCluster : kMaxSplits;
   const int64_t tiles = tile_count(p);
   const int64_t slots = device_properties().num_sms;
   const int64_t most = (p.max_len + kLeastKeys - 1) / kLeastKeys;
@@ -76,12 +93,17 @@ int64_t plan_decode_attention(DecodeAttentionParams& p) {
     return static_cast<double>(blocks) / static_cast<double>(waves * slots);
   };
   double best = 0.0;
-  for (int64_t splits = 1; splits <= kMaxSplits && splits <= most; ++splits) {
+  for (int64_t splits = 1; splits <= limit && splits <= most; ++splits) {
     best = use(splits) > best ? use(splits) : best;
   }
   p.splits = 1;
   while (use(p.splits) < best - 0.04) ++p.splits;
   if (p.splits == 1) return 0;
+  if (clusters && (p.splits == 2 || p.splits == kMaxCluster)) {
+    const int rows = std::min(p.heads / p.kv_heads * p.steps, kRows);
+    p.inbox_bytes = Inbox::bytes(rows * p.head_dim / 4, p.splits);
+    return 0;
+  }
   return tiles * p.splits * kRows * (p.head_dim + 2);
 }
 
@@ -94,8 +116,11 @@ void use_workspace(DecodeAttentionParams& p, float* workspace) {
 void launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   DecodeAttentionParams p = params;
   p.reads_ahead = may_read_cache_ahead(stream);
+#ifdef TTF_HAS_SM90
+  if (p.inbox_bytes > 0) return launch<true>(p, stream);
+#endif
   if (p.splits > 1) p.arrivals = next_arrivals(tile_count(p));
-  with_head_dim(p.head_dim, [&](auto kernels) { kernels.launch(p, stream); });
+  launch<false>(p, stream);
 }
 
 }  // namespace torchtune_fused

@@ -9,31 +9,41 @@
 // al., FlashAttention-2, 2023) over its own units, which stream through its own ring of shared
 // memory: K of a unit, V of it, K of the next. The warps' results are merged in shared memory, and
 // the blocks' by the one that arrives last, in the order of the splits (Dao et al., Flash-Decoding,
-// 2023). Slots beyond the length are never read.
+// 2023). On 9.0, 2 or 4 splits form a cluster: each block merges a share of the columns, which the
+// others store into its shared memory. Slots beyond the length are never read.
 #pragma once
 
 #include <algorithm>
 
 #include "attention/attention.h"
+#include "attention/decode_inbox.cuh"
 #include "common/launch.h"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 
 namespace torchtune_fused {
 
-constexpr int kRows = 16;        // query rows in a tile
-constexpr int kUnit = 16;        // keys in a unit
-constexpr int kMergeBatch = 4;   // partial results of a row that are read at once
+constexpr int kRows = 16;       // query rows in a tile
+constexpr int kUnit = 16;       // keys in a unit
+constexpr int kMergeBatch = 4;  // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
-constexpr int kLeastUnits = 3;   // of a warp: merging splits costs more than reading so few
+constexpr int kLeastUnits = 2;  // of a warp: merging splits costs more than reading so few
 
-// Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
-// before and after in the chain find the other half; before 9.0 it must do with the 99 KB of 8.6.
+// Slots of a warp's ring. On 9.0 a block takes a third of an SM, so that the blocks of the kernels
+// before and after in the chain find room beside it; before 9.0 the limit is the 99 KB of 8.6.
 template <int D>
-constexpr int kSlotsSm90 = D == 64 ? 12 : D == 80 ? 10 : D == 96 ? 8 : D == 128 ? 6 : 3;
+constexpr int kSlotsSm90 = D == 64    ? 8
+                           : D == 80  ? 6
+                           : D == 96  ? 5
+                           : D == 128 ? 4
+                                      : 2;
 template <int D>
-constexpr int kSlotsSm80 = D == 64 ? 10 : D == 80 ? 8 : D == 96 ? 7 : D == 128 ? 5 : 2;
+constexpr int kSlotsSm80 = D == 64    ? 10
+                           : D == 80  ? 8
+                           : D == 96  ? 7
+                           : D == 128 ? 5
+                                      : 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <int D>
 constexpr int kSlots = kSlotsSm80<D>;
@@ -85,7 +95,7 @@ __device__ __forceinline__ int active_splits(const DecodeAttentionParams& p, Uni
 }
 
 __device__ __forceinline__ UnitRange units_of_split(UnitRange units, unsigned split,
-                                                     unsigned active) {
+                                                    unsigned active) {
   const unsigned n = units.end - units.begin;
   return {units.begin + static_cast<int>(n * split / active),
           units.begin + static_cast<int>(n * (split + 1) / active)};
@@ -110,7 +120,7 @@ __device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int ba
                                        pack<T>(out.z * inverse, out.w * inverse)};
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kClustered>
 __global__ void __launch_bounds__(kAttnThreads, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   launch_dependents();
@@ -132,6 +142,14 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   }
   const UnitRange all = visible_units(p, length, row_tile);
   const int active = active_splits(p, all);
+  const int heads_per_group = p.heads / p.kv_heads;
+  const int rows = min(kRows, heads_per_group * p.steps - row_tile * kRows);
+  const Inbox inbox(shared, p, rows, active);
+  if constexpr (kClustered) {
+    if (threadIdx.x == 0) inbox.open(split, active);
+    __syncwarp();
+    cluster_arrive();
+  }
   if (split >= active) {
     wait_for_grid();
     return;
@@ -139,8 +157,6 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   const UnitRange mine = units_of_split(all, split, active);
 
   // This lane's two rows of the tile, g and g + 8, and the slots that each may see.
-  const int heads_per_group = p.heads / p.kv_heads;
-  const int rows = min(kRows, heads_per_group * p.steps - row_tile * kRows);
   int first_slot[2], last_slot[2];  // [first, last)
   const unsigned char* mask_row[2];
   const T* q_row[2];
@@ -152,18 +168,18 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     const int slot = length - p.steps + step;
     last_slot[i] = row >= rows ? 0 : p.mask ? length : slot + 1;
     first_slot[i] = p.window ? slot - p.window + 1 : 0;
-    mask_row[i] = p.mask && row < rows
-                      ? p.mask + batch * p.mask_stride[0] + head * p.mask_stride[1] +
-                            step * p.mask_stride[2]
-                      : nullptr;
+    mask_row[i] = p.mask && row < rows ? p.mask + batch * p.mask_stride[0] +
+                                             head * p.mask_stride[1] + step * p.mask_stride[2]
+                                       : nullptr;
     q_row[i] = row < rows ? static_cast<const T*>(p.q) + batch * p.q_stride[0] +
                                 head * p.q_stride[1] + step * p.q_stride[2]
                           : nullptr;
   }
 
   // The producer: items 2i and 2i + 1 are the keys and the values of this warp's unit i.
-  float2* stats = reinterpret_cast<float2*>(shared);  // [warp][row]: maximum, sum
-  unsigned char* pool = shared + 2 * kAttnWarps * kRows * 4;
+  unsigned char* pool = shared + (kClustered ? p.inbox_bytes : 0);
+  float2* stats = reinterpret_cast<float2*>(pool);  // [warp][row]: maximum, sum
+  pool += 2 * kAttnWarps * kRows * 4;
   const uint32_t ring = shared_address(pool) + warp * kSlots<D> * kSlotBytes<D>;
   int load_unit = mine.begin + warp;
   bool load_values = false;
@@ -210,9 +226,10 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const T* row = q_row[i % 2];
-      q[kk][i] = row == nullptr ? 0
-                                : __ldcg(reinterpret_cast<const unsigned*>(
-                                      row + kk * 16 + i / 2 * 8 + quad * 2));
+      q[kk][i] =
+          row == nullptr
+              ? 0
+              : __ldcg(reinterpret_cast<const unsigned*>(row + kk * 16 + i / 2 * 8 + quad * 2));
     }
   }
 
@@ -226,8 +243,8 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     copy_async_wait<kSlots<D> - 1>();
     __syncwarp();
     float s[2][4] = {};
-    const uint32_t keys = ring + slot * kSlotBytes<D> +
-                          (lane % 8 + lane / 16 * 8) * kRowBytes<D> + lane / 8 % 2 * 16;
+    const uint32_t keys =
+        ring + slot * kSlotBytes<D> + (lane % 8 + lane / 16 * 8) * kRowBytes<D> + lane / 8 % 2 * 16;
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t b[4];
@@ -283,7 +300,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       load_matrix_x4_transposed(b, values + dd * 32);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        float(&o)[4] = out[2 * dd + t];
+        float (&o)[4] = out[2 * dd + t];
         o[0] *= decay[0];
         o[1] *= decay[0];
         o[2] *= decay[1];
@@ -297,6 +314,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     next_slot();
   }
   copy_async_wait<0>();
+  if constexpr (kClustered) cluster_wait();  // all inboxes are open
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -320,19 +338,25 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   }
   __syncthreads();
 
-  // Twice through the same code, which the last block of a row tile so finds in its cache: first
-  // the warps' results are merged, then, by the block that arrives last, those of the splits.
+  // Twice through the same code, which is so found in the cache: first the warps' results are
+  // merged, then those of the splits, in a cluster by all of its blocks, else by the one that
+  // arrives last.
   __shared__ bool last;
   float2* split_stats = p.partial_stat + tile * p.splits * kRows;
   float* split_outs = p.partial_out + tile * p.splits * kRows * D;
   const float2* from_stats = stats;
   const float* from_outs = merge;
-  int count = kAttnWarps, row_stride = kMergeStride<D>;
+  int count = kAttnWarps, stat_stride = kRows, out_stride = kRows * kMergeStride<D>;
+  int row_stride = kMergeStride<D>, begin = 0, end = inbox.pieces;
 #pragma unroll 1
-  for (bool final = active == 1;; final = true) {
+  for (bool of_warps = true;; of_warps = false) {
+    const bool final = active == 1 || !of_warps;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * (D / 4); i += kAttnThreads) {
+    for (int i = begin + threadIdx.x; i < end; i += kAttnThreads) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
+      const bool by_piece = kClustered && !of_warps;
+      const float2* stat_at = from_stats + (by_piece ? i - begin : row);
+      const float* out_at = from_outs + (by_piece ? (i - begin) * 4 : row * row_stride + column);
       float maximum = -INFINITY, sum = 0.f;
       float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
@@ -341,9 +365,9 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
         float4 part[kMergeBatch];
 #pragma unroll
         for (int j = 0; j < kMergeBatch; ++j) {
-          const int at = min(first + j, count - 1) * kRows + row;
-          stat[j] = from_stats[at];
-          part[j] = *reinterpret_cast<const float4*>(from_outs + at * row_stride + column);
+          const int at = min(first + j, count - 1);
+          stat[j] = stat_at[at * stat_stride];
+          part[j] = *reinterpret_cast<const float4*>(out_at + at * out_stride);
         }
 #pragma unroll
         for (int j = 0; j < kMergeBatch; ++j) {
@@ -359,6 +383,8 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       }
       if (final) {
         store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, total, sum);
+      } else if constexpr (kClustered) {
+        inbox.send(split, i, total, {maximum, sum});
       } else {
         const int at = split * kRows + row;
         *reinterpret_cast<float4*>(split_outs + at * D + column) = total;
@@ -366,37 +392,53 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       }
     }
     if (final) break;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
-    __syncthreads();
-    if (!last) break;
-    __threadfence();  // its own L1 must not answer for what the others wrote
-    from_stats = split_stats;
-    from_outs = split_outs;
+    if constexpr (kClustered) {
+      begin = inbox.begin(split);
+      end = inbox.begin(split + 1);
+      wait(*inbox.full, 0);
+      from_stats = inbox.stats;
+      from_outs = reinterpret_cast<const float*>(inbox.outs);
+      stat_stride = inbox.share;
+      out_stride = 4 * inbox.share;
+    } else {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
+      __syncthreads();
+      if (!last) break;
+      __threadfence();  // its own L1 must not answer for what the others wrote
+      from_stats = split_stats;
+      from_outs = split_outs;
+      out_stride = kRows * D;
+      row_stride = D;
+    }
     count = active;
-    row_stride = D;
   }
 }
 
-// Instantiated once per head dimension, each in a file of its own.
-template <int D>
+// Instantiated once per head dimension, each in a file of its own; for clusters in
+// decode_attention_sm90.cu.
+template <int D, bool kClustered>
 struct DecodeAttention {
   static void launch(const DecodeAttentionParams& params, cudaStream_t stream);
 };
 
-template <int D>
-void DecodeAttention<D>::launch(const DecodeAttentionParams& p, cudaStream_t stream) {
-  const auto kernel = p.dtype == DType::kFloat16 ? decode_attention_kernel<__half, D>
-                                                 : decode_attention_kernel<__nv_bfloat16, D>;
+template <int D, bool kClustered>
+void DecodeAttention<D, kClustered>::launch(const DecodeAttentionParams& p, cudaStream_t stream) {
+  const auto kernel = p.dtype == DType::kFloat16
+                          ? decode_attention_kernel<__half, D, kClustered>
+                          : decode_attention_kernel<__nv_bfloat16, D, kClustered>;
   // At least a block on every SM, even if without work: else the next kernel would be put there,
   // with two of its blocks on some SMs and none on others.
   const int64_t tiles = (p.heads / p.kv_heads * p.steps + kRows - 1) / kRows;
+  const int cluster = kClustered ? p.splits : 1;
   const int64_t blocks = std::max<int64_t>(p.batch * p.kv_heads * tiles * p.splits,
-                                           device_properties().num_sms);
-  const int bytes = attention_shared<D>(runs_sm90_code() ? kSlotsSm90<D> : kSlotsSm80<D>);
+                                           device_properties().num_sms / cluster * cluster);
+  const int bytes = (kClustered ? p.inbox_bytes : 0) +
+                    attention_shared<D>(runs_sm90_code() ? kSlotsSm90<D> : kSlotsSm80<D>);
   allow_shared_memory(kernel, bytes);
-  launch_chained(kernel, dim3(static_cast<unsigned>(blocks)), kAttnThreads, bytes, stream, p);
+  launch_chained_in_clusters(kernel, cluster, dim3(static_cast<unsigned>(blocks)), kAttnThreads,
+                             bytes, stream, p);
 }
 
 }  // namespace torchtune_fused
