@@ -22,10 +22,9 @@ namespace {
 
 constexpr int kMaxSplits = 64;
 constexpr int kLeastKeys = 64;  // of a split
-// Splits that form a cluster. Larger clusters find room too late, as all of their blocks start at
-// once in one part of the GPU; a short cache has no more splits than that.
-constexpr int kMaxCluster = 4;
-constexpr int kShortCache = 1280;
+// Splits that may form a cluster. A larger one finds room too late: all of its blocks start at
+// once, in one part of the GPU.
+constexpr int kMaxCluster = 2;
 
 template <bool kClustered>
 void launch(const DecodeAttentionParams& p, cudaStream_t stream) {
@@ -83,8 +82,6 @@ bool decode_attention_is_fast(const DecodeAttentionParams& p) {
 int64_t plan_decode_attention(DecodeAttentionParams& p) {
   // One block per SM, all at once or in waves that are nearly full: the fewest splits within 4% of
   // the best use of the SMs.
-  const bool clusters = runs_sm90_code();
-  const int limit = clusters && p.max_len <= kShortCache ? kMaxCluster : kMaxSplits;
   const int64_t tiles = tile_count(p);
   const int64_t slots = device_properties().num_sms;
   const int64_t most = (p.max_len + kLeastKeys - 1) / kLeastKeys;
@@ -93,17 +90,16 @@ int64_t plan_decode_attention(DecodeAttentionParams& p) {
     return static_cast<double>(blocks) / static_cast<double>(waves * slots);
   };
   double best = 0.0;
-  for (int64_t splits = 1; splits <= limit && splits <= most; ++splits) {
+  for (int64_t splits = 1; splits <= kMaxSplits && splits <= most; ++splits) {
     best = use(splits) > best ? use(splits) : best;
   }
   p.splits = 1;
   while (use(p.splits) < best - 0.04) ++p.splits;
-  if (p.splits == 1) return 0;
-  if (clusters && (p.splits == 2 || p.splits == kMaxCluster)) {
+  if (runs_sm90_code() && p.splits <= kMaxCluster) {
     const int rows = std::min(p.heads / p.kv_heads * p.steps, kRows);
     p.inbox_bytes = Inbox::bytes(rows * p.head_dim / 4, p.splits);
-    return 0;
   }
+  if (p.splits == 1 || p.inbox_bytes > 0) return 0;
   return tiles * p.splits * kRows * (p.head_dim + 2);
 }
 

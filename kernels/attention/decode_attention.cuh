@@ -9,8 +9,8 @@
 // al., FlashAttention-2, 2023) over its own units, which stream through its own ring of shared
 // memory: K of a unit, V of it, K of the next. The warps' results are merged in shared memory, and
 // the blocks' by the one that arrives last, in the order of the splits (Dao et al., Flash-Decoding,
-// 2023). On 9.0, 2 or 4 splits form a cluster: each block merges a share of the columns, which the
-// others store into its shared memory. Slots beyond the length are never read.
+// 2023). On 9.0, two splits form a cluster: each block merges half of the columns, which the other
+// stores into its shared memory. Slots beyond the length are never read.
 #pragma once
 
 #include <algorithm>
@@ -28,34 +28,21 @@ constexpr int kUnit = 16;       // keys in a unit
 constexpr int kMergeBatch = 4;  // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
-constexpr int kLeastUnits = 2;  // of a warp: merging splits costs more than reading so few
+constexpr int kLeastUnits = 3;  // of a warp: merging splits costs more than reading so few
 
-// Slots of a warp's ring. On 9.0 a block takes a third of an SM, so that the blocks of the kernels
-// before and after in the chain find room beside it; before 9.0 the limit is the 99 KB of 8.6.
-template <int D>
-constexpr int kSlotsSm90 = D == 64    ? 8
-                           : D == 80  ? 6
-                           : D == 96  ? 5
-                           : D == 128 ? 4
-                                      : 2;
-template <int D>
-constexpr int kSlotsSm80 = D == 64    ? 10
-                           : D == 80  ? 8
-                           : D == 96  ? 7
-                           : D == 128 ? 5
-                                      : 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int D>
-constexpr int kSlots = kSlotsSm80<D>;
-#else
-template <int D>
-constexpr int kSlots = kSlotsSm90<D>;
-#endif
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
 template <int D>
 constexpr int kRowBytes = 2 * D + 16;
 template <int D>
 constexpr int kSlotBytes = kUnit * kRowBytes<D>;
+// Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
+// before and after in the chain find the other half; where it has half of a row tile's keys or all,
+// and runs long, it takes a third. Before 9.0 it must do with the 99 KB of 8.6.
+template <int D>
+__host__ __device__ constexpr int slots_of(bool sm90, bool clustered) {
+  const int kilobytes = !sm90 ? 98 : clustered ? 74 : 113;
+  return kilobytes * 1024 / (kAttnWarps * kSlotBytes<D>);
+}
 template <int D>
 constexpr int kMergeStride = D + 8;  // floats of a row of a warp's result, spread likewise
 // Bytes of shared memory: the statistics, and the rings or what they make room for in the end.
@@ -123,6 +110,11 @@ __device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int ba
 template <typename T, int D, bool kClustered>
 __global__ void __launch_bounds__(kAttnThreads, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kSlots = slots_of<D>(true, kClustered);
+#else
+  constexpr int kSlots = slots_of<D>(false, kClustered);
+#endif
   launch_dependents();
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -180,7 +172,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   unsigned char* pool = shared + (kClustered ? p.inbox_bytes : 0);
   float2* stats = reinterpret_cast<float2*>(pool);  // [warp][row]: maximum, sum
   pool += 2 * kAttnWarps * kRows * 4;
-  const uint32_t ring = shared_address(pool) + warp * kSlots<D> * kSlotBytes<D>;
+  const uint32_t ring = shared_address(pool) + warp * kSlots * kSlotBytes<D>;
   int load_unit = mine.begin + warp;
   bool load_values = false;
   const auto load_item = [&](int slot) {
@@ -205,7 +197,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   if (p.reads_ahead) {
     const int old = length - p.steps;  // slots that earlier steps wrote
 #pragma unroll 1
-    for (; filled < kSlots<D> && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
+    for (; filled < kSlots && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
     // The old slots of the unit that the new ones begin in come into L2, at least.
     const int row = load_unit * kUnit + lane % kUnit;
     if (load_unit == old / kUnit && load_unit < mine.end && row < old) {
@@ -217,7 +209,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     wait_for_grid();
   }
 #pragma unroll 1
-  for (; filled < kSlots<D>; ++filled) load_item(filled);
+  for (; filled < kSlots; ++filled) load_item(filled);
 
   // Q as A fragments.
   uint32_t q[D / 16][4];
@@ -237,10 +229,10 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);  // exp2 instead of exp
   int slot = 0;
-  const auto next_slot = [&] { slot = slot + 1 == kSlots<D> ? 0 : slot + 1; };
+  const auto next_slot = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
   for (int unit = mine.begin + warp; unit < mine.end; unit += kAttnWarps) {
     // S = Q K^T: 16 rows by 16 keys.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
     float s[2][4] = {};
     const uint32_t keys =
@@ -291,7 +283,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     }
 
     // out = out * decay + P V.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
     const uint32_t values = ring + slot * kSlotBytes<D> + lane % 16 * kRowBytes<D> + lane / 16 * 16;
 #pragma unroll
@@ -435,7 +427,7 @@ void DecodeAttention<D, kClustered>::launch(const DecodeAttentionParams& p, cuda
   const int64_t blocks = std::max<int64_t>(p.batch * p.kv_heads * tiles * p.splits,
                                            device_properties().num_sms / cluster * cluster);
   const int bytes = (kClustered ? p.inbox_bytes : 0) +
-                    attention_shared<D>(runs_sm90_code() ? kSlotsSm90<D> : kSlotsSm80<D>);
+                    attention_shared<D>(slots_of<D>(runs_sm90_code(), kClustered));
   allow_shared_memory(kernel, bytes);
   launch_chained_in_clusters(kernel, cluster, dim3(static_cast<unsigned>(blocks)), kAttnThreads,
                              bytes, stream, p);

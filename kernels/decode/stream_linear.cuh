@@ -28,12 +28,16 @@ namespace torchtune_fused {
 
 constexpr int kPairs = 8;  // pairs of rows in a tile
 constexpr int kStageBytes = 2 * kPairs * kChunkBytes;
-// Stages of a warp's ring. On 9.0 exactly two blocks of 5 stages fit into an SM: one of the kernel
-// that runs and one of the next, which so spreads evenly over the SMs. A single token's kernels are
-// so short that rings of 4 stages, with room for a third kernel and for attention's block, fill
-// better. On 8.6 one block must do with 99 KB.
-constexpr int kShallow = 4, kDeep = 5;
+// Stages of a warp's ring. On 9.0 exactly two blocks fit into an SM: one of the kernel that runs
+// and one of the next, which so spreads evenly over the SMs; on 8.6 one block must do with 99 KB.
+constexpr int kStagesSm90 = 5, kStagesSm80 = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kStages = kStagesSm80;
+#else
+constexpr int kStages = kStagesSm90;
+#endif
 constexpr int kPace = 2;  // stages under way while a block waits for the grid ahead
+constexpr int kRingBytes = kWarps * kStages * kStageBytes;
 constexpr int kReduceBytes = 2 * kWarps * kPairs * 8;  // per token: two buffers of all warps' sums
 
 // A Job has:
@@ -42,15 +46,9 @@ constexpr int kReduceBytes = 2 * kWarps * kPairs * 8;  // per token: two buffers
 //   const T* row(int pair, int side) const;     null where there is no such row
 //   Operands load(int pair, int token) const;   what the epilogue needs, fetched ahead
 //   void store(int pair, int token, float a, float b, const Operands&) const;
-template <typename T, typename Job, int kTokenTiles, bool kResident, int kStagesSm90>
+template <typename T, typename Job, int kTokenTiles, bool kResident>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job) {
-#if __CUDA_ARCH__ >= 900
-  constexpr int kStages = kStagesSm90;
-#else
-  constexpr int kStages = kShallow;
-#endif
-  constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float squares[kMaxTokens * kWarps];  // of each token, by warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -285,12 +283,8 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
 
 // ---- Host ---------------------------------------------------------------------------------------
 
-inline bool rings_are_deep(const TokensParams& in, bool resident) {
-  return runs_sm90_code() && !(in.tokens == 1 && resident);
-}
-
 inline int shared_bytes(const TokensParams& in, bool resident) {
-  const int ring = kWarps * kStageBytes * (rings_are_deep(in, resident) ? kDeep : kShallow);
+  const int ring = kWarps * kStageBytes * (runs_sm90_code() ? kStagesSm90 : kStagesSm80);
   const int tokens = resident ? in.tokens * padded_k(in.k) * 2 : 0;
   const int norm = in.norm_weight ? padded_k(in.k) * 2 : 0;
   return ring + kReduceBytes * in.tokens + tokens + norm;
@@ -314,12 +308,10 @@ void launch_stream_linear(TokensParams in, const Job& job, cudaStream_t stream) 
   }
   const bool resident = fits(in, true);
   const bool one = in.tokens <= 8;
-  const auto kernel = resident && one ? rings_are_deep(in, resident)
-                                            ? stream_linear_kernel<T, Job, 1, true, kDeep>
-                                            : stream_linear_kernel<T, Job, 1, true, kShallow>
-                      : resident      ? stream_linear_kernel<T, Job, 2, true, kDeep>
-                      : one           ? stream_linear_kernel<T, Job, 1, false, kDeep>
-                                      : stream_linear_kernel<T, Job, 2, false, kDeep>;
+  const auto kernel =
+      resident ? one ? stream_linear_kernel<T, Job, 1, true> : stream_linear_kernel<T, Job, 2, true>
+      : one    ? stream_linear_kernel<T, Job, 1, false>
+               : stream_linear_kernel<T, Job, 2, false>;
   const int bytes = shared_bytes(in, resident);
   allow_shared_memory(kernel, bytes);
   const int blocks = std::min(pairs, device_properties().num_sms);
