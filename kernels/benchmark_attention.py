@@ -71,7 +71,7 @@ def backward_of(out, leaves, grad):
 
 
 def own_backward(q, k, v, grad, causal):
-    """Our kernel, where `attention` leaves the gradients to cuDNN."""
+    """Our kernel, also where `attention` leaves the gradients to cuDNN."""
     scale = q.shape[-1] ** -0.5
     op = torch.ops.torchtune_fused
     hidden = None, None, None, causal, scale, None, None

@@ -31,6 +31,7 @@ struct DecodeAttentionParams {
   bool reads_ahead;  // set by the launch: old slots may be read before the grid ahead ends
   // Filled in by plan_decode_attention:
   int splits;            // blocks that share the keys of one group of query rows
+  int inbox_bytes;       // of a block's inbox, if the splits form a cluster (or are one); else 0
   float* partial_out;    // [batch * kv_heads * row tiles, splits, 16, head_dim]
   unsigned* arrivals;    // [batch * kv_heads * row tiles]: zeros, as each launch leaves them
   float2* partial_stat;  // [batch * kv_heads * row tiles, splits, 16]: (maximum, sum)

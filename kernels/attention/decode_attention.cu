@@ -5,28 +5,42 @@
 
 namespace torchtune_fused {
 
-extern template struct DecodeAttention<64>;
-extern template struct DecodeAttention<80>;
-extern template struct DecodeAttention<96>;
-extern template struct DecodeAttention<128>;
-extern template struct DecodeAttention<256>;
+extern template struct DecodeAttention<64, false>;
+extern template struct DecodeAttention<80, false>;
+extern template struct DecodeAttention<96, false>;
+extern template struct DecodeAttention<128, false>;
+extern template struct DecodeAttention<256, false>;
+#ifdef TTF_HAS_SM90
+extern template struct DecodeAttention<64, true>;
+extern template struct DecodeAttention<80, true>;
+extern template struct DecodeAttention<96, true>;
+extern template struct DecodeAttention<128, true>;
+extern template struct DecodeAttention<256, true>;
+#endif
 
 namespace {
 
 constexpr int kMaxSplits = 64;
 constexpr int kLeastKeys = 64;  // of a split
+// Splits that may form a cluster. A larger one finds room too late: all of its blocks start at
+// once, in one part of the GPU.
+constexpr int kMaxCluster = 2;
 
-// Calls f with the instantiation for the head dimension.
-template <typename F>
-auto with_head_dim(int head_dim, F f) {
-  switch (head_dim) {
-    case 64: return f(DecodeAttention<64>());
-    case 80: return f(DecodeAttention<80>());
-    case 96: return f(DecodeAttention<96>());
-    case 128: return f(DecodeAttention<128>());
-    case 256: return f(DecodeAttention<256>());
+template <bool kClustered>
+void launch(const DecodeAttentionParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64:
+      return DecodeAttention<64, kClustered>::launch(p, stream);
+    case 80:
+      return DecodeAttention<80, kClustered>::launch(p, stream);
+    case 96:
+      return DecodeAttention<96, kClustered>::launch(p, stream);
+    case 128:
+      return DecodeAttention<128, kClustered>::launch(p, stream);
+    case 256:
+      return DecodeAttention<256, kClustered>::launch(p, stream);
   }
-  raise("the head dimension must be 64, 80, 96, 128 or 256, got ", head_dim);
+  raise("the head dimension must be 64, 80, 96, 128 or 256, got ", p.head_dim);
 }
 
 int64_t tile_count(const DecodeAttentionParams& p) {
@@ -81,7 +95,11 @@ int64_t plan_decode_attention(DecodeAttentionParams& p) {
   }
   p.splits = 1;
   while (use(p.splits) < best - 0.04) ++p.splits;
-  if (p.splits == 1) return 0;
+  if (runs_sm90_code() && p.splits <= kMaxCluster) {
+    const int rows = std::min(p.heads / p.kv_heads * p.steps, kRows);
+    p.inbox_bytes = Inbox::bytes(rows * p.head_dim / 4, p.splits);
+  }
+  if (p.splits == 1 || p.inbox_bytes > 0) return 0;
   return tiles * p.splits * kRows * (p.head_dim + 2);
 }
 
@@ -94,8 +112,11 @@ void use_workspace(DecodeAttentionParams& p, float* workspace) {
 void launch_decode_attention(const DecodeAttentionParams& params, cudaStream_t stream) {
   DecodeAttentionParams p = params;
   p.reads_ahead = may_read_cache_ahead(stream);
+#ifdef TTF_HAS_SM90
+  if (p.inbox_bytes > 0) return launch<true>(p, stream);
+#endif
   if (p.splits > 1) p.arrivals = next_arrivals(tile_count(p));
-  with_head_dim(p.head_dim, [&](auto kernels) { kernels.launch(p, stream); });
+  launch<false>(p, stream);
 }
 
 }  // namespace torchtune_fused

@@ -9,43 +9,40 @@
 // al., FlashAttention-2, 2023) over its own units, which stream through its own ring of shared
 // memory: K of a unit, V of it, K of the next. The warps' results are merged in shared memory, and
 // the blocks' by the one that arrives last, in the order of the splits (Dao et al., Flash-Decoding,
-// 2023). Slots beyond the length are never read.
+// 2023). On 9.0, two splits form a cluster: each block merges half of the columns, which the other
+// stores into its shared memory. Slots beyond the length are never read.
 #pragma once
 
 #include <algorithm>
 
 #include "attention/attention.h"
+#include "attention/decode_inbox.cuh"
 #include "common/launch.h"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 
 namespace torchtune_fused {
 
-constexpr int kRows = 16;        // query rows in a tile
-constexpr int kUnit = 16;        // keys in a unit
-constexpr int kMergeBatch = 4;   // partial results of a row that are read at once
+constexpr int kRows = 16;       // query rows in a tile
+constexpr int kUnit = 16;       // keys in a unit
+constexpr int kMergeBatch = 4;  // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
-constexpr int kLeastUnits = 3;   // of a warp: merging splits costs more than reading so few
+constexpr int kLeastUnits = 3;  // of a warp: merging splits costs more than reading so few
 
-// Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
-// before and after in the chain find the other half; before 9.0 it must do with the 99 KB of 8.6.
-template <int D>
-constexpr int kSlotsSm90 = D == 64 ? 12 : D == 80 ? 10 : D == 96 ? 8 : D == 128 ? 6 : 3;
-template <int D>
-constexpr int kSlotsSm80 = D == 64 ? 10 : D == 80 ? 8 : D == 96 ? 7 : D == 128 ? 5 : 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int D>
-constexpr int kSlots = kSlotsSm80<D>;
-#else
-template <int D>
-constexpr int kSlots = kSlotsSm90<D>;
-#endif
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
 template <int D>
 constexpr int kRowBytes = 2 * D + 16;
 template <int D>
 constexpr int kSlotBytes = kUnit * kRowBytes<D>;
+// Slots of a warp's ring. On 9.0 a block takes half of an SM, so that the blocks of the kernels
+// before and after in the chain find the other half; where it has half of a row tile's keys or all,
+// and runs long, it takes a third. Before 9.0 it must do with the 99 KB of 8.6.
+template <int D>
+__host__ __device__ constexpr int slots_of(bool sm90, bool clustered) {
+  const int kilobytes = !sm90 ? 98 : clustered ? 74 : 113;
+  return kilobytes * 1024 / (kAttnWarps * kSlotBytes<D>);
+}
 template <int D>
 constexpr int kMergeStride = D + 8;  // floats of a row of a warp's result, spread likewise
 // Bytes of shared memory: the statistics, and the rings or what they make room for in the end.
@@ -85,7 +82,7 @@ __device__ __forceinline__ int active_splits(const DecodeAttentionParams& p, Uni
 }
 
 __device__ __forceinline__ UnitRange units_of_split(UnitRange units, unsigned split,
-                                                     unsigned active) {
+                                                    unsigned active) {
   const unsigned n = units.end - units.begin;
   return {units.begin + static_cast<int>(n * split / active),
           units.begin + static_cast<int>(n * (split + 1) / active)};
@@ -110,9 +107,14 @@ __device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int ba
                                        pack<T>(out.z * inverse, out.w * inverse)};
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kClustered>
 __global__ void __launch_bounds__(kAttnThreads, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kSlots = slots_of<D>(true, kClustered);
+#else
+  constexpr int kSlots = slots_of<D>(false, kClustered);
+#endif
   launch_dependents();
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -132,6 +134,14 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   }
   const UnitRange all = visible_units(p, length, row_tile);
   const int active = active_splits(p, all);
+  const int heads_per_group = p.heads / p.kv_heads;
+  const int rows = min(kRows, heads_per_group * p.steps - row_tile * kRows);
+  const Inbox inbox(shared, p, rows, active);
+  if constexpr (kClustered) {
+    if (threadIdx.x == 0) inbox.open(split, active);
+    __syncwarp();
+    cluster_arrive();
+  }
   if (split >= active) {
     wait_for_grid();
     return;
@@ -139,8 +149,6 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   const UnitRange mine = units_of_split(all, split, active);
 
   // This lane's two rows of the tile, g and g + 8, and the slots that each may see.
-  const int heads_per_group = p.heads / p.kv_heads;
-  const int rows = min(kRows, heads_per_group * p.steps - row_tile * kRows);
   int first_slot[2], last_slot[2];  // [first, last)
   const unsigned char* mask_row[2];
   const T* q_row[2];
@@ -152,19 +160,19 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     const int slot = length - p.steps + step;
     last_slot[i] = row >= rows ? 0 : p.mask ? length : slot + 1;
     first_slot[i] = p.window ? slot - p.window + 1 : 0;
-    mask_row[i] = p.mask && row < rows
-                      ? p.mask + batch * p.mask_stride[0] + head * p.mask_stride[1] +
-                            step * p.mask_stride[2]
-                      : nullptr;
+    mask_row[i] = p.mask && row < rows ? p.mask + batch * p.mask_stride[0] +
+                                             head * p.mask_stride[1] + step * p.mask_stride[2]
+                                       : nullptr;
     q_row[i] = row < rows ? static_cast<const T*>(p.q) + batch * p.q_stride[0] +
                                 head * p.q_stride[1] + step * p.q_stride[2]
                           : nullptr;
   }
 
   // The producer: items 2i and 2i + 1 are the keys and the values of this warp's unit i.
-  float2* stats = reinterpret_cast<float2*>(shared);  // [warp][row]: maximum, sum
-  unsigned char* pool = shared + 2 * kAttnWarps * kRows * 4;
-  const uint32_t ring = shared_address(pool) + warp * kSlots<D> * kSlotBytes<D>;
+  unsigned char* pool = shared + (kClustered ? p.inbox_bytes : 0);
+  float2* stats = reinterpret_cast<float2*>(pool);  // [warp][row]: maximum, sum
+  pool += 2 * kAttnWarps * kRows * 4;
+  const uint32_t ring = shared_address(pool) + warp * kSlots * kSlotBytes<D>;
   int load_unit = mine.begin + warp;
   bool load_values = false;
   const auto load_item = [&](int slot) {
@@ -189,7 +197,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   if (p.reads_ahead) {
     const int old = length - p.steps;  // slots that earlier steps wrote
 #pragma unroll 1
-    for (; filled < kSlots<D> && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
+    for (; filled < kSlots && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
     // The old slots of the unit that the new ones begin in come into L2, at least.
     const int row = load_unit * kUnit + lane % kUnit;
     if (load_unit == old / kUnit && load_unit < mine.end && row < old) {
@@ -201,7 +209,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     wait_for_grid();
   }
 #pragma unroll 1
-  for (; filled < kSlots<D>; ++filled) load_item(filled);
+  for (; filled < kSlots; ++filled) load_item(filled);
 
   // Q as A fragments.
   uint32_t q[D / 16][4];
@@ -210,9 +218,10 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const T* row = q_row[i % 2];
-      q[kk][i] = row == nullptr ? 0
-                                : __ldcg(reinterpret_cast<const unsigned*>(
-                                      row + kk * 16 + i / 2 * 8 + quad * 2));
+      q[kk][i] =
+          row == nullptr
+              ? 0
+              : __ldcg(reinterpret_cast<const unsigned*>(row + kk * 16 + i / 2 * 8 + quad * 2));
     }
   }
 
@@ -220,14 +229,14 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);  // exp2 instead of exp
   int slot = 0;
-  const auto next_slot = [&] { slot = slot + 1 == kSlots<D> ? 0 : slot + 1; };
+  const auto next_slot = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
   for (int unit = mine.begin + warp; unit < mine.end; unit += kAttnWarps) {
     // S = Q K^T: 16 rows by 16 keys.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
     float s[2][4] = {};
-    const uint32_t keys = ring + slot * kSlotBytes<D> +
-                          (lane % 8 + lane / 16 * 8) * kRowBytes<D> + lane / 8 % 2 * 16;
+    const uint32_t keys =
+        ring + slot * kSlotBytes<D> + (lane % 8 + lane / 16 * 8) * kRowBytes<D> + lane / 8 % 2 * 16;
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t b[4];
@@ -274,7 +283,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     }
 
     // out = out * decay + P V.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
     const uint32_t values = ring + slot * kSlotBytes<D> + lane % 16 * kRowBytes<D> + lane / 16 * 16;
 #pragma unroll
@@ -283,7 +292,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       load_matrix_x4_transposed(b, values + dd * 32);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        float(&o)[4] = out[2 * dd + t];
+        float (&o)[4] = out[2 * dd + t];
         o[0] *= decay[0];
         o[1] *= decay[0];
         o[2] *= decay[1];
@@ -297,6 +306,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     next_slot();
   }
   copy_async_wait<0>();
+  if constexpr (kClustered) cluster_wait();  // all inboxes are open
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -320,19 +330,25 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   }
   __syncthreads();
 
-  // Twice through the same code, which the last block of a row tile so finds in its cache: first
-  // the warps' results are merged, then, by the block that arrives last, those of the splits.
+  // Twice through the same code, which is so found in the cache: first the warps' results are
+  // merged, then those of the splits, in a cluster by all of its blocks, else by the one that
+  // arrives last.
   __shared__ bool last;
   float2* split_stats = p.partial_stat + tile * p.splits * kRows;
   float* split_outs = p.partial_out + tile * p.splits * kRows * D;
   const float2* from_stats = stats;
   const float* from_outs = merge;
-  int count = kAttnWarps, row_stride = kMergeStride<D>;
+  int count = kAttnWarps, stat_stride = kRows, out_stride = kRows * kMergeStride<D>;
+  int row_stride = kMergeStride<D>, begin = 0, end = inbox.pieces;
 #pragma unroll 1
-  for (bool final = active == 1;; final = true) {
+  for (bool of_warps = true;; of_warps = false) {
+    const bool final = active == 1 || !of_warps;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * (D / 4); i += kAttnThreads) {
+    for (int i = begin + threadIdx.x; i < end; i += kAttnThreads) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
+      const bool by_piece = kClustered && !of_warps;
+      const float2* stat_at = from_stats + (by_piece ? i - begin : row);
+      const float* out_at = from_outs + (by_piece ? (i - begin) * 4 : row * row_stride + column);
       float maximum = -INFINITY, sum = 0.f;
       float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
@@ -341,9 +357,9 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
         float4 part[kMergeBatch];
 #pragma unroll
         for (int j = 0; j < kMergeBatch; ++j) {
-          const int at = min(first + j, count - 1) * kRows + row;
-          stat[j] = from_stats[at];
-          part[j] = *reinterpret_cast<const float4*>(from_outs + at * row_stride + column);
+          const int at = min(first + j, count - 1);
+          stat[j] = stat_at[at * stat_stride];
+          part[j] = *reinterpret_cast<const float4*>(out_at + at * out_stride);
         }
 #pragma unroll
         for (int j = 0; j < kMergeBatch; ++j) {
@@ -359,6 +375,8 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       }
       if (final) {
         store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, total, sum);
+      } else if constexpr (kClustered) {
+        inbox.send(split, i, total, {maximum, sum});
       } else {
         const int at = split * kRows + row;
         *reinterpret_cast<float4*>(split_outs + at * D + column) = total;
@@ -366,37 +384,53 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
       }
     }
     if (final) break;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
-    __syncthreads();
-    if (!last) break;
-    __threadfence();  // its own L1 must not answer for what the others wrote
-    from_stats = split_stats;
-    from_outs = split_outs;
+    if constexpr (kClustered) {
+      begin = inbox.begin(split);
+      end = inbox.begin(split + 1);
+      wait(*inbox.full, 0);
+      from_stats = inbox.stats;
+      from_outs = reinterpret_cast<const float*>(inbox.outs);
+      stat_stride = inbox.share;
+      out_stride = 4 * inbox.share;
+    } else {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
+      __syncthreads();
+      if (!last) break;
+      __threadfence();  // its own L1 must not answer for what the others wrote
+      from_stats = split_stats;
+      from_outs = split_outs;
+      out_stride = kRows * D;
+      row_stride = D;
+    }
     count = active;
-    row_stride = D;
   }
 }
 
-// Instantiated once per head dimension, each in a file of its own.
-template <int D>
+// Instantiated once per head dimension, each in a file of its own; for clusters in
+// decode_attention_sm90.cu.
+template <int D, bool kClustered>
 struct DecodeAttention {
   static void launch(const DecodeAttentionParams& params, cudaStream_t stream);
 };
 
-template <int D>
-void DecodeAttention<D>::launch(const DecodeAttentionParams& p, cudaStream_t stream) {
-  const auto kernel = p.dtype == DType::kFloat16 ? decode_attention_kernel<__half, D>
-                                                 : decode_attention_kernel<__nv_bfloat16, D>;
+template <int D, bool kClustered>
+void DecodeAttention<D, kClustered>::launch(const DecodeAttentionParams& p, cudaStream_t stream) {
+  const auto kernel = p.dtype == DType::kFloat16
+                          ? decode_attention_kernel<__half, D, kClustered>
+                          : decode_attention_kernel<__nv_bfloat16, D, kClustered>;
   // At least a block on every SM, even if without work: else the next kernel would be put there,
   // with two of its blocks on some SMs and none on others.
   const int64_t tiles = (p.heads / p.kv_heads * p.steps + kRows - 1) / kRows;
+  const int cluster = kClustered ? p.splits : 1;
   const int64_t blocks = std::max<int64_t>(p.batch * p.kv_heads * tiles * p.splits,
-                                           device_properties().num_sms);
-  const int bytes = attention_shared<D>(runs_sm90_code() ? kSlotsSm90<D> : kSlotsSm80<D>);
+                                           device_properties().num_sms / cluster * cluster);
+  const int bytes = (kClustered ? p.inbox_bytes : 0) +
+                    attention_shared<D>(slots_of<D>(runs_sm90_code(), kClustered));
   allow_shared_memory(kernel, bytes);
-  launch_chained(kernel, dim3(static_cast<unsigned>(blocks)), kAttnThreads, bytes, stream, p);
+  launch_chained_in_clusters(kernel, cluster, dim3(static_cast<unsigned>(blocks)), kAttnThreads,
+                             bytes, stream, p);
 }
 
 }  // namespace torchtune_fused

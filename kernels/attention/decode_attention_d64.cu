@@ -1,3 +1,3 @@
 #include "attention/decode_attention.cuh"
 
-template struct torchtune_fused::DecodeAttention<64>;
+template struct torchtune_fused::DecodeAttention<64, false>;

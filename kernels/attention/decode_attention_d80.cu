@@ -1,3 +1,3 @@
 #include "attention/decode_attention.cuh"
 
-template struct torchtune_fused::DecodeAttention<80>;
+template struct torchtune_fused::DecodeAttention<80, false>;

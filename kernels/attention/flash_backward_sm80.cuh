@@ -176,15 +176,25 @@ __global__ void __launch_bounds__(Tiles::kThreads)
                                     read_scores(score_tile, kk * 32 + j * 16, query_tile + i));
         }
       }
+      constexpr int kStep = kColumns / 8 % 2 == 0 ? 2 : 1;  // so that no mma waits for the last
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        uint32_t b[4];
-        load_matrix_x4_transposed(b, k_tile + Tile<D>::offset(kk * 32 + lane, first_piece + n));
+      for (int n = 0; n < kColumns / 8; n += kStep) {
+        uint32_t b[kStep][4];
 #pragma unroll
-        for (int i = 0; i < kTilesQ; ++i) {
-          const uint32_t(&x)[4] = a[i][0], (&y)[4] = a[i][1];
-          mma_16x8x16<T>(sum[i][n], x[0], x[1], x[2], x[3], b[0], b[1]);
-          mma_16x8x16<T>(sum[i][n], y[0], y[1], y[2], y[3], b[2], b[3]);
+        for (int c = 0; c < kStep; ++c) {
+          load_matrix_x4_transposed(
+              b[c], k_tile + Tile<D>::offset(kk * 32 + lane, first_piece + n + c));
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int c = 0; c < kStep; ++c) {
+#pragma unroll
+            for (int i = 0; i < kTilesQ; ++i) {
+              const uint32_t(&x)[4] = a[i][j];
+              mma_16x8x16<T>(sum[i][n + c], x[0], x[1], x[2], x[3], b[c][2 * j], b[c][2 * j + 1]);
+            }
+          }
         }
       }
     }
@@ -337,6 +347,22 @@ __global__ void __launch_bounds__(Tiles::kThreads)
     }
 
     // dS^T = P^T (dP^T - delta), times the softcap's slope.
+    if (scale.outer != 0.f) {
+#pragma unroll
+      for (int m = 0; m < 2 * kTilesM; ++m) {
+        RowStats row[2];
+        read_stats(m, row[0], row[1]);
+#pragma unroll
+        for (int i = 0; i < kTilesN; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float2 pair = unpack<T>(pt[i][m][e / 2]);
+            const float slope = scale.slope(e % 2 ? pair.y : pair.x, row[e % 2].lse);
+            dp[i][m][e] = row[e % 2].delta + (dp[i][m][e] - row[e % 2].delta) * slope;
+          }
+        }
+      }
+    }
     uint32_t dst[kTilesN][2 * kTilesM][2];
 #pragma unroll
     for (int m = 0; m < 2 * kTilesM; ++m) {
@@ -347,13 +373,8 @@ __global__ void __launch_bounds__(Tiles::kThreads)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float2 probability = unpack<T>(pt[i][m][j]);
-          float left = probability.x * (dp[i][m][2 * j] - first.delta);
-          float right = probability.y * (dp[i][m][2 * j + 1] - second.delta);
-          if (scale.outer != 0.f) {
-            left *= scale.slope(probability.x, first.lse);
-            right *= scale.slope(probability.y, second.lse);
-          }
-          dst[i][m][j] = pack<T>(left, right);
+          dst[i][m][j] = pack<T>(probability.x * (dp[i][m][2 * j] - first.delta),
+                                 probability.y * (dp[i][m][2 * j + 1] - second.delta));
           const uint32_t offset =
               Tile<kBlockM>::offset(warp_key + i * 16 + j * 8 + group_row, warp_query / 8 + m) +
               quad * 4;

@@ -30,17 +30,18 @@ __device__ __forceinline__ void produce(const BackwardKernelParams& p,
   const int begin = queries_of_key(forward, keys.batch, keys.first).begin / kQueries;
   const int end = (queries_of_key(forward, keys.batch, last_key).end + kQueries - 1) / kQueries;
 
-  // From the last tile to the first, all heads of each: blocks that start together then read, and
-  // add to, the same tiles at the same time, whichever keys are theirs.
-  const auto head_of = [&](int step) { return keys.kv_head * group + step % group; };
-  const auto tile_of = [&](int step) { return end - 1 - step / group; };
+  // The heads one after the other, each from the last tile to the first: blocks that start together
+  // then read the same tiles at the same time, whichever keys are theirs.
+  const int tiles = end - begin;
+  const auto head_of = [&](int step) { return keys.kv_head * group + step / tiles; };
+  const auto tile_of = [&](int step) { return end - 1 - step % tiles; };
   const auto kind_of = [&](int step) {
     const int first = tile_of(step) * kQueries;
     return kind_of_queries(forward, keys.batch, head_of(step),
                            {first, min(first + kQueries, forward.queries)},
                            {keys.first, keys.first + kKeys});
   };
-  TileWalk walk(0, (end - begin) * group, kind_of);
+  TileWalk walk(0, tiles * group, kind_of);
 
   for (unsigned number = 0;; ++number) {
     const VisitedTile step = walk.next();

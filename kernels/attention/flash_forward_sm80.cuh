@@ -41,12 +41,13 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   const int queries = min(kBlockM, p.queries - first_query);
   const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
                first_query * p.q_stride[2];
+  const uint32_t q_tile = shared_address(shared);
+  const uint32_t k_tile = q_tile + kBlockM * D * 2, v_tile = k_tile + kBlockN * D * 2;
+  load_tile<kBlockM, D, kThreads>(q_tile, q, p.q_stride[2], queries, p.head_dim);
   const int kv_head = head / (p.heads / p.kv_heads);
   const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
   const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
 
-  const uint32_t q_tile = shared_address(shared);
-  const uint32_t k_tile = q_tile + kBlockM * D * 2, v_tile = k_tile + kBlockN * D * 2;
 
   const auto kind_of = [&](int tile) {
     const auto [batch, head, first_query] = locate();
@@ -68,7 +69,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   };
 
   VisitedTile tile = walk.next();
-  load_tile<kBlockM, D, kThreads>(q_tile, q, p.q_stride[2], queries, p.head_dim);
   if (tile.exists()) load_keys(tile.index());
   copy_async_commit();
 

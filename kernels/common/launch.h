@@ -22,23 +22,38 @@ inline bool runs_sm90_code() {
 // before did not write the weights; within one captured step nothing writes them, and the graph
 // itself starts after all earlier work.
 template <typename... KernelArgs, typename... Args>
-void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes,
-                    cudaStream_t stream, Args&&... args) {
+void launch_chained_in_clusters(void (*kernel)(KernelArgs...), int cluster, dim3 grid, dim3 block,
+                                size_t shared_bytes, cudaStream_t stream, Args&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   if (runs_sm90_code()) {
     cudaStreamCaptureStatus status;
     TTF_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    config.numAttrs = status == cudaStreamCaptureStatusActive ? 1 : 0;
+    if (status == cudaStreamCaptureStatusActive) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   TTF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...));
+}
+
+// Without clusters.
+template <typename... KernelArgs, typename... Args>
+void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream, Args&&... args) {
+  launch_chained_in_clusters(kernel, 1, grid, block, shared_bytes, stream,
+                             static_cast<Args&&>(args)...);
 }
 
 // ---- Reading a cache ahead ----------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace torchtune_fused {
 
@@ -68,6 +69,18 @@ __device__ __forceinline__ uint4 scale_by(uint4 v, float scale, uint4 weight) {
     return pack<T>(f.x * scale * g.x, f.y * scale * g.y);
   };
   return {one(v.x, weight.x), one(v.y, weight.y), one(v.z, weight.z), one(v.w, weight.w)};
+}
+
+// a * b, elementwise.
+template <typename T>
+__device__ __forceinline__ uint4 multiply(uint4 a, uint4 b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const auto one = [](uint32_t x, uint32_t y) {
+    const Pair product =
+        __hmul2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+    return reinterpret_cast<const uint32_t&>(product);
+  };
+  return {one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w)};
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

@@ -24,8 +24,8 @@ struct TokensParams {
   DType dtype;
 };
 
-// Whether the normalised tokens are too many to be kept by each block, so that a kernel of its
-// own normalises them into `scratch` first.
+// Whether a kernel of its own normalises the tokens into `scratch` first: where a block can't keep
+// them all, in fp16, or if not even the norm's weights find room.
 bool tokens_need_scratch(const TokensParams& params);
 
 // scratch[t] = RMSNorm(x[t]) * norm_weight

@@ -53,7 +53,8 @@ void launch(const DecodeLinearParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool tokens_need_scratch(const TokensParams& in) {
-  return in.norm_weight != nullptr && !tokens_are_resident(in);
+  if (in.norm_weight == nullptr || fits(in, true)) return false;
+  return in.dtype == DType::kFloat16 || !fits(in, false);
 }
 
 void launch_decode_linear(const DecodeLinearParams& p, cudaStream_t stream) {

@@ -16,7 +16,7 @@ struct QkvJob {
   struct Operands {
     float bias_a, bias_b;
     float cos, sin;
-    int64_t slot;
+    int slot;
   };
 
   // Where a pair lies: rows (elements of a head) a and b of `head` of matrix 0: q, 1: k, 2: v.
@@ -60,7 +60,7 @@ struct QkvJob {
       o.bias_a = static_cast<float>(of_head[at.a]);
       o.bias_b = static_cast<float>(of_head[at.b]);
     }
-    o.slot = p.cache_pos[0] + token % p.steps;
+    o.slot = static_cast<int>(min(p.cache_pos[0], p.max_len)) + token % p.steps;
     if (p.rope.cos && !p.q_norm && at.matrix < 2) {
       const int64_t position = position_of(p, token);
       const int i = p.rope.interleaved ? at.a / 2 : at.a;

@@ -9,8 +9,9 @@ pytestmark = pytest.mark.gpu
 
 RECIPES = ("full_finetune", "lora_finetune")
 STEPS = 8
-# Roundings of bf16, in other orders, which training carries on (3e-4 was seen).
-SAME = 2e-3
+# A rounding of bf16: sums are rounded in other orders, and training carries that on (3e-4 was seen;
+# the losses themselves fall by a sixth).
+SAME = 2**-8
 
 
 @pytest.fixture(autouse=True)

@@ -57,11 +57,10 @@ def cudnn_is_faster(
     ======================  =========  ==========================================================
     case                    who        why
     ======================  =========  ==========================================================
-    9.0, causal or no mask  cuDNN      faster than our kernels, see kernels/PERFORMANCE.md, with
-                                       the exceptions that follow
-    of these, causal with   ours       there our Hopper kernel is the faster one
-    d = 64, or with d = 128
-    and s at most 2048
+    9.0, causal, d = 64 or  ours       our Hopper kernel is the faster one there: see
+    d = 128 and s <= 1024              kernels/PERFORMANCE.md
+    9.0, other causal, or   cuDNN      the faster one there
+    no mask
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
     deterministic           ours       cuDNN doesn't promise the order of its sums
@@ -81,9 +80,9 @@ def cudnn_is_faster(
         bool: True for cuDNN.
     """
     d, s = q.shape[-1], q.shape[2]
-    ours_is = causal and (d == 64 or (d == 128 and s <= 2048))
+    ours_wins = causal and (d == 64 or (d == 128 and s <= 1024))
     return (
-        not (hidden or deterministic or ours_is)
+        not (hidden or deterministic or ours_wins)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and d <= 128
         and s > 1  # which cuDNN refuses
