@@ -79,8 +79,8 @@ inline cuuint64_t stride_bytes(int size, int64_t elements) {
   return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
 }
 
-// Describes a tensor [batch][heads][rows][columns], to be copied in tiles of `tile_rows` rows of all
-// columns, a multiple of 64.
+// Describes a tensor [batch][heads][rows][columns], to be copied in tiles of `tile_rows` rows of
+// all columns, a multiple of 64.
 inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
                             int rows, int columns, int tile_rows, DType dtype) {
   const int pieces = columns / 64;
@@ -88,8 +88,8 @@ inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int ba
                                cuuint64_t(heads), cuuint64_t(batch)};
   const cuuint64_t strides[4] = {stride_bytes(rows, stride[2]), 128,
                                  stride_bytes(heads, stride[1]), stride_bytes(batch, stride[0])};
-  return swizzled_map<5>(data, sizes, strides, {64, cuuint32_t(tile_rows), cuuint32_t(pieces), 1, 1},
-                         dtype);
+  return swizzled_map<5>(data, sizes, strides,
+                         {64, cuuint32_t(tile_rows), cuuint32_t(pieces), 1, 1}, dtype);
 }
 
 // The same for any number of columns, to be copied piece by piece: 64 columns of `tile_rows` rows.
