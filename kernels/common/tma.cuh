@@ -56,60 +56,51 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
 // of 64 (128 bytes) swizzled: its 16-byte piece c is at c ^ (row % 8). Rows beyond the tensor read
 // as zeros and are not written.
 
-// Describes a tensor [batch][heads][rows][columns] of 16-bit elements, to be copied in tiles of
-// `tile_rows` whole rows.
-inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
-                            int rows, int columns, int tile_rows, DType dtype) {
-  constexpr int kPiece = 64;
-  const auto bytes = [](int size, int64_t elements) {
-    return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
-  };
-  const cuuint64_t sizes[5] = {kPiece, static_cast<cuuint64_t>(rows < 1 ? 1 : rows),
-                               static_cast<cuuint64_t>(columns / kPiece),
-                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[4] = {bytes(rows, stride[2]), 2 * kPiece, bytes(heads, stride[1]),
-                                 bytes(batch, stride[0])};
-  const cuuint32_t box[5] = {kPiece, static_cast<cuuint32_t>(tile_rows),
-                             static_cast<cuuint32_t>(columns / kPiece), 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+// Boxes of a tensor of 16-bit elements, swizzled; strides in bytes.
+template <int kRank>
+CUtensorMap swizzled_map(const void* data, const cuuint64_t (&sizes)[kRank],
+                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                         DType dtype) {
+  cuuint32_t steps[kRank];
+  for (cuuint32_t& step : steps) step = 1;
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map,
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      5, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
-            " for a tensor [", batch, ", ", heads, ", ", rows, ", ", columns, "] with strides ",
-            stride[0], ", ", stride[1], ", ", stride[2]);
+            " for a tensor of ", kRank, " dimensions with rows at every ", strides[0], " bytes");
   return map;
 }
 
-// Describes the same for any number of columns, to be copied piece by piece: 64 columns of
-// `tile_rows` rows. Columns beyond the tensor, too, read as zeros and are not written.
+inline cuuint64_t stride_bytes(int size, int64_t elements) {
+  return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
+}
+
+// Describes a tensor [batch][heads][rows][columns], to be copied in tiles of `tile_rows` rows of all
+// columns, a multiple of 64.
+inline CUtensorMap tile_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
+                            int rows, int columns, int tile_rows, DType dtype) {
+  const int pieces = columns / 64;
+  const cuuint64_t sizes[5] = {64, cuuint64_t(rows < 1 ? 1 : rows), cuuint64_t(pieces),
+                               cuuint64_t(heads), cuuint64_t(batch)};
+  const cuuint64_t strides[4] = {stride_bytes(rows, stride[2]), 128,
+                                 stride_bytes(heads, stride[1]), stride_bytes(batch, stride[0])};
+  return swizzled_map<5>(data, sizes, strides, {64, cuuint32_t(tile_rows), cuuint32_t(pieces), 1, 1},
+                         dtype);
+}
+
+// The same for any number of columns, to be copied piece by piece: 64 columns of `tile_rows` rows.
+// Columns beyond the tensor, too, read as zeros and are not written.
 inline CUtensorMap piece_map(const void* data, const int64_t (&stride)[3], int batch, int heads,
                              int rows, int columns, int tile_rows, DType dtype) {
-  const auto bytes = [](int size, int64_t elements) {
-    return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
-  };
-  const cuuint64_t sizes[4] = {
-      static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows < 1 ? 1 : rows),
-      static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[3] = {bytes(rows, stride[2]), bytes(heads, stride[1]),
-                                 bytes(batch, stride[0])};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(tile_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
-            " for a tensor [", batch, ", ", heads, ", ", rows, ", ", columns, "] with strides ",
-            stride[0], ", ", stride[1], ", ", stride[2]);
-  return map;
+  const cuuint64_t sizes[4] = {cuuint64_t(columns), cuuint64_t(rows < 1 ? 1 : rows),
+                               cuuint64_t(heads), cuuint64_t(batch)};
+  const cuuint64_t strides[3] = {stride_bytes(rows, stride[2]), stride_bytes(heads, stride[1]),
+                                 stride_bytes(batch, stride[0])};
+  return swizzled_map<4>(data, sizes, strides, {64, cuuint32_t(tile_rows), 1, 1}, dtype);
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
@@ -126,6 +117,15 @@ __device__ __forceinline__ void load_tile(void* shared, const CUtensorMap& map, 
       : "memory");
 }
 
+__device__ __forceinline__ void load_piece(void* shared, const CUtensorMap& map, int batch,
+                                           int head, int row, int column, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 // By one thread; so many bytes, a multiple of 16, between addresses that are multiples of 16.
 __device__ __forceinline__ void load_bytes(void* shared, const void* global, int bytes,
                                            Barrier& barrier) {
@@ -136,22 +136,13 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, int
       : "memory");
 }
 
-__device__ __forceinline__ void load_piece(void* shared, const CUtensorMap& map, int batch,
-                                           int head, int row, int column, Barrier& barrier) {
+// By one thread, after `fence_async` in the threads that wrote the piece and a barrier among them.
+__device__ __forceinline__ void store_piece(const CUtensorMap& map, int batch, int head, int row,
+                                            int column, const void* shared) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(&barrier))
-      : "memory");
-}
-
-// By one thread, after `fence_async` in the threads that wrote the tile and a barrier among them.
-__device__ __forceinline__ void store_tile(const CUtensorMap& map, int batch, int head, int row,
-                                           const void* shared) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %1, %3, %4}], "
-      "[%5];" ::"l"(&map),
-      "r"(0), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
+          "l"(&map),
+      "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
       : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -162,16 +153,6 @@ __device__ __forceinline__ void add_floats(float* global, const float* shared, i
                    global),
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-__device__ __forceinline__ void store_piece(const CUtensorMap& map, int batch, int head, int row,
-                                            int column, const void* shared) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::
-          "l"(&map),
-      "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
-      : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 

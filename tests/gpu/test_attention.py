@@ -99,6 +99,19 @@ def test_lengths(check, d, case, tokens_first, s):
     check(qkv(1, 4, 2, s, d, tokens_first=tokens_first), **cases(1, 4, s)[case])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("case", ["none", "causal", "mask"])
+def test_scores_far_above_those_before(assert_as_exact, plain_attention, dtype, d, case):
+    # Keys are taken from the last to the first, and the first weigh a thousand times as much.
+    q, k, v = qkv(1, 4, 2, 700, d, dtype=dtype)
+    k = k * torch.logspace(2, -1, 700, device="cuda").to(dtype).unsqueeze(1)
+    tensors, options = (q, k, v), cases(1, 4, 700)[case]
+    out = attention(*tensors, **options)
+    truth = plain_attention(*(t.double() for t in tensors), **options)
+    assert_as_exact(out, plain_attention(*tensors, **options), truth, dtype)
+
+
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("s, s_kv", [(1, 500), (70, 131), (131, 70), (300, 1000)])
 def test_keys_of_another_length(check, d, s, s_kv):
