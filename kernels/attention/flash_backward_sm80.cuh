@@ -47,7 +47,7 @@ struct BackwardTiles {
   static constexpr int kQueryBytes = kBlockM * D * 2;
   static constexpr int kScoreBytes = kBlockN * kBlockM * 2;
   static constexpr int kStatBytes = kBlockM * static_cast<int>(sizeof(RowStats));
-  // Where things lie, after the keys. Values that are to be held pass through what is written later.
+  // Where things lie, after the keys. Values to be held pass through what is written later.
   static constexpr int kStats = kKeyBytes;
   static constexpr int kStages = kStats + 2 * kStatBytes;
   static constexpr int kValues = kStages + (kHoldValues ? 2 : 4) * kQueryBytes;
@@ -69,6 +69,9 @@ __global__ void __launch_bounds__(Tiles::kThreads)
   constexpr int kTilesM = Tiles::kQueryTiles / kScoreWarps;   // likewise
   constexpr int kOwnColumns = D / Tiles::kColumnWarps;        // of dK and dV
   constexpr bool kExchange = kScoreWarps > 1;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (D == 128 && Tiles::kHoldValues) __trap();  // not needed: there is shared memory
+#endif
   const FlashAttentionParams& p = params.forward;
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(Tiles::kThreads)
       for (int n = 0; n < kColumns / 8; ++n) add_fragment(target + n * 128, lane, sum[i][n]);
     }
   };
-  // sum += X^T Y, X^T scores of the warp's keys, of which it made `own`, and Y some columns of rows.
+  // sum += X^T Y: X^T are scores of the warp's keys, `own` those it made, Y some columns of rows.
   const auto add_products = [&](float (&sum)[kTilesN][kOwnColumns / 8][4],
                                 const uint32_t (&own)[kTilesN][2 * kTilesM][2],
                                 uint32_t score_tile, uint32_t rows) {
@@ -225,7 +228,8 @@ __global__ void __launch_bounds__(Tiles::kThreads)
             a[i][0] = own[i][2 * m][0], a[i][1] = own[i][2 * m][1];
             a[i][2] = own[i][2 * m + 1][0], a[i][3] = own[i][2 * m + 1][1];
           } else {
-            load_matrix_x4(a[i], read_score_rows(score_tile, warp_key + 16 * i, from * kTilesM + m));
+            const int query_tile = from * kTilesM + m;
+            load_matrix_x4(a[i], read_score_rows(score_tile, warp_key + 16 * i, query_tile));
           }
         }
 #pragma unroll
@@ -262,6 +266,11 @@ __global__ void __launch_bounds__(Tiles::kThreads)
     if (!kExchange && last_tile >= 0 && !params.deterministic) {
       add_grad_q(last_head, last_tile, scores + (stage ^ 1) * Tiles::kScoreBytes);
     }
+
+    // Worked out again: registers are short.
+    const int warp = thread_index() / 32, column_warp = warp / kKeyWarps;
+    const int warp_key = warp % kKeyWarps * (16 * kTilesN);
+    const int warp_query = column_warp % kScoreWarps * (16 * kTilesM);
 
     // S^T = K Q^T.
     float s[kTilesN][2 * kTilesM][4] = {};

@@ -25,7 +25,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   constexpr bool kHoldQueries = D == 64;          // in registers: there is room
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group_row = lane / 4, quad = lane % 4;
 
   // What only masks need is worked out again for them: registers are short.
   struct Place {
@@ -47,7 +46,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   const int kv_head = head / (p.heads / p.kv_heads);
   const T* k = static_cast<const T*>(p.k) + batch * p.k_stride[0] + kv_head * p.k_stride[1];
   const T* v = static_cast<const T*>(p.v) + batch * p.v_stride[0] + kv_head * p.v_stride[1];
-
 
   const auto kind_of = [&](int tile) {
     const auto [batch, head, first_query] = locate();
@@ -99,9 +97,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   }
 
   while (tile.exists()) {
-    const VisitedTile next = walk.next();
     forget(k);
-    forget(v);
     read_qv.forget();
     read_k.forget();
     copy_async_wait<0>();
@@ -110,6 +106,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     copy_async_commit();
 
     // S = Q K^T.
+    const int own_row = thread_index() / 32 * (16 * kTilesM);
     float s[kTilesM][kBlockN / 8][4] = {};
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 #pragma unroll
           for (int j = 0; j < 4; ++j) a[i][j] = held[i][kk][j];
         } else {
-          load_matrix_x4(a[i], read_qv(q_tile, warp_row + 16 * i, kk));
+          load_matrix_x4(a[i], read_qv(q_tile, own_row + 16 * i, kk));
         }
       }
 #pragma unroll
@@ -146,7 +143,6 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
       }
     }
     if (tile.partial()) {
-      const auto [batch, head, first_query] = locate();
       mask_scores<kBlockN>(s, p, batch, head, length,
                            first_query + thread_index() / 32 * (16 * kTilesM),
                            tile.index() * kBlockN);
@@ -185,6 +181,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
     copy_async_wait<0>();
     __syncthreads();  // the values are there, and nobody needs the keys any more
+    const VisitedTile next = walk.next();
     if (next.exists()) load_keys(next.index());
     copy_async_commit();
 
@@ -221,6 +218,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   __syncthreads();  // for the queries, where no tile was visited
 
   // The warp's rows go out through its part of the queries' tile, as whole lines.
+  const int thread = thread_index(), group_row = thread % 32 / 4, quad = thread % 4;
 #pragma unroll
   for (int r = 0; r < 2 * kTilesM; ++r) {
     sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
@@ -242,7 +240,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
               first_query * p.out_stride[2];
 #pragma unroll
-  for (int at = lane; at < kTilesM * 16 * (D / 8); at += 32) {
+  for (int at = thread % 32; at < kTilesM * 16 * (D / 8); at += 32) {
     const int row = warp_row + at / (D / 8), piece = at % (D / 8);
     if (row < queries && piece * 8 < p.head_dim) {
       *reinterpret_cast<uint4*>(target + row * p.out_stride[2] + piece * 8) =
