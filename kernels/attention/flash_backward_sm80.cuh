@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Tiles::kThreads)
   MatrixReader<kBlockM> read_scores = column_reader<kBlockM>(lane);
   MatrixReader<kBlockM> read_score_rows = row_reader<kBlockM>(lane);
   const int warp_key = key_warp * kTilesN * 16;
-  const int score_warp = column_warp % kScoreWarps, warp_query = score_warp * kTilesM * 16;
+  const int score_warp = column_warp % kScoreWarps;
   uint32_t held[kTilesN][Tiles::kHoldValues ? D / 16 : 1][4];  // the values, as A fragments
   if constexpr (Tiles::kHoldValues) {
     copy_async_wait<0>();
