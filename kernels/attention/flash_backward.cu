@@ -40,9 +40,9 @@ struct QueryBlock {
 };
 
 // delta = sum(grad_out * out) by kLanes lanes a query, padding included, and zeros for the sums of
-// dQ.
+// dQ. Without a bound on blocks ptxas aims at so few registers that it spills.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                      const __grid_constant__ FlashBackwardWorkspace workspace) {
   constexpr int kStep = kRowThreads / kLanes, kBatch = 4;  // queries, and loads, at a time
