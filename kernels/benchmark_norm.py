@@ -1,10 +1,6 @@
 """Times RMSNorm and the rotation of queries and keys on one GPU, forward and backward.
 
-<<<<<<< HEAD
-    python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum backward] [--systems ours]
-=======
     python -m torchtune_fused.kernels.benchmark_norm [--cases norm sum rope] [--systems ours]
->>>>>>> main
 
 8192 tokens in bf16, beside torchtune's modules, eager and compiled. Calls run in a captured CUDA
 graph over enough distinct inputs that nothing is read twice from L2; a figure is the median of 20

@@ -57,10 +57,10 @@ def cudnn_is_faster(
     ======================  =========  ==========================================================
     case                    who        why
     ======================  =========  ==========================================================
-    9.0, causal, d = 64 or  ours       our Hopper kernel is the faster one there: see
-    d = 128 and s <= 1024              kernels/PERFORMANCE.md
-    9.0, other causal, or   cuDNN      the faster one there
-    no mask
+    9.0, causal, d = 64 or  ours       our Hopper kernel is as fast or faster: see
+    d = 128                            kernels/PERFORMANCE.md
+    9.0, causal at another  cuDNN      the faster one there
+    d, or no mask
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
     deterministic           ours       cuDNN doesn't promise the order of its sums
@@ -80,7 +80,7 @@ def cudnn_is_faster(
         bool: True for cuDNN.
     """
     d, s = q.shape[-1], q.shape[2]
-    ours_wins = causal and (d == 64 or (d == 128 and s <= 1024))
+    ours_wins = causal and d in (64, 128)
     return (
         not (hidden or deterministic or ours_wins)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
