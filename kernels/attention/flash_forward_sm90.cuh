@@ -72,7 +72,6 @@ template <int kHeadDim>
 struct FlashForwardSm90 {
   using Shape = ForwardShape<kHeadDim>;
 
-
   static void launch(const FlashAttentionParams& a, TileCounter* counter, cudaStream_t stream) {
     if (a.batch == 0 || a.heads == 0 || a.queries == 0) return;
     constexpr double kLog2e = 1.4426950408889634;

@@ -56,25 +56,6 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
 // of 64 (128 bytes) swizzled: its 16-byte piece c is at c ^ (row % 8). Rows beyond the tensor read
 // as zeros and are not written.
 
-// Boxes of a tensor of 16-bit elements, swizzled; strides in bytes.
-template <int kRank>
-CUtensorMap swizzled_map(const void* data, const cuuint64_t (&sizes)[kRank],
-                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
-                         DType dtype) {
-  cuuint32_t steps[kRank];
-  for (cuuint32_t& step : steps) step = 1;
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
-            " for a tensor of ", kRank, " dimensions with rows at every ", strides[0], " bytes");
-  return map;
-}
-
 inline cuuint64_t stride_bytes(int size, int64_t elements) {
   return size == 1 ? cuuint64_t{16} : static_cast<cuuint64_t>(elements * 2);
 }

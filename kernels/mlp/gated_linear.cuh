@@ -83,7 +83,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       // Sends 64 columns of this warpgroup's rows to memory, by way of two boxes in turns.
       const auto store = [&](const CUtensorMap* map, int first, auto value) {
         const uint32_t to = box + turn * kBoxBytes;
-        if (elected) store_tiles_wait_read<1>();
+        if (elected) wait_for_stores<1>();
         named_sync<128>(1 + half);
 #pragma unroll
         for (int chunk = 0; chunk < 8; chunk += 2) {
@@ -119,7 +119,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         }
       });
     }
-    if (elected) store_tiles_wait_read<0>();
+    if (elected) wait_for_stores<0>();
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

@@ -97,7 +97,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         load_tile(pair + kBoxBytes, &maps.up, barrier, column * kWidth + 64 * i, row);
       };
       if (elected) {
-        store_tiles_wait_read<0>();
+        wait_for_stores<0>();
         load(0);
         load(1);
       }
@@ -108,7 +108,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         for (int i = 0; i < 4; ++i) {
           const uint32_t gate = pairs + i % 2 * 2 * kBoxBytes, up = gate + kBoxBytes;
           if (elected && i > 0) {
-            store_tiles_wait_read<0>();
+            wait_for_stores<0>();
             if (i < 3) load(i + 1);
           }
           named_sync<128>(1 + half);
@@ -144,7 +144,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         }
       });
     }
-    if (elected) store_tiles_wait_read<0>();
+    if (elected) wait_for_stores<0>();
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

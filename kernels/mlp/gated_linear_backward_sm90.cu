@@ -23,13 +23,8 @@ void launch(const GatedLinearBackwardParams& p, cudaStream_t stream) {
       .grad_gate = of_hidden_size(p.grad_gate),
       .grad_up = of_hidden_size(p.grad_up),
   };
-  const auto kernel = gated_linear_backward_kernel<T>;
-  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kBackwardSharedBytes));
-  const unsigned blocks = device_properties().num_sms / 2 * 2;
-  kernel<<<blocks, kProductThreads, kBackwardSharedBytes, stream>>>(
-      maps, {p.rows, p.n, p.k, low ? p.rank : 0, p.activation, p.hidden != nullptr});
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_product(gated_linear_backward_kernel<T>, kBackwardSharedBytes, stream, maps,
+                 {p.rows, p.n, p.k, low ? p.rank : 0, p.activation, p.hidden != nullptr});
 }
 
 }  // namespace

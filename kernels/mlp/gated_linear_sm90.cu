@@ -21,13 +21,8 @@ void launch(const GatedLinearParams& p, cudaStream_t stream) {
       .gate = matrix_map(p.gate ? p.gate : p.hidden, p.rows, p.n, 64, p.dtype),
       .up = matrix_map(p.up ? p.up : p.hidden, p.rows, p.n, 64, p.dtype),
   };
-  const auto kernel = gated_linear_kernel<T>;
-  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kGatedSharedBytes));
-  const unsigned blocks = device_properties().num_sms / 2 * 2;
-  kernel<<<blocks, kProductThreads, kGatedSharedBytes, stream>>>(
-      maps, {p.rows, p.n, p.k, p.low ? p.rank : 0, p.activation, p.gate != nullptr});
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_product(gated_linear_kernel<T>, kGatedSharedBytes, stream, maps,
+                 {p.rows, p.n, p.k, p.low ? p.rank : 0, p.activation, p.gate != nullptr});
 }
 
 }  // namespace

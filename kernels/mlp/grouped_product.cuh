@@ -102,7 +102,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t to = box + i % 2 * kBoxBytes;
-        if (elected) store_tiles_wait_read<1>();
+        if (elected) wait_for_stores<1>();
         named_sync<128>(1 + half);
 #pragma unroll
         for (int chunk = 0; chunk < 8; chunk += 2) {
@@ -123,7 +123,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         }
       }
     }
-    if (elected) store_tiles_wait_read<0>();
+    if (elected) wait_for_stores<0>();
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

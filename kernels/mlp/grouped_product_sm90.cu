@@ -24,12 +24,7 @@ void launch(const GroupedProductParams& p, cudaStream_t stream) {
       shape.steps[term] = steps_of(t.k);
     }
   }
-  const auto kernel = grouped_product_kernel<T, kAcrossK>;
-  TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kGroupedSharedBytes));
-  const unsigned blocks = device_properties().num_sms / 2 * 2;
-  kernel<<<blocks, kProductThreads, kGroupedSharedBytes, stream>>>(maps, shape);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_product(grouped_product_kernel<T, kAcrossK>, kGroupedSharedBytes, stream, maps, shape);
 }
 
 template <typename T>

@@ -48,12 +48,6 @@ __device__ __forceinline__ void store_tiles_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Waits until all but kPending of this thread's groups have left shared memory.
-template <int kPending>
-__device__ __forceinline__ void store_tiles_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
 // ---- Blocks of a cluster, and warpgroups ----------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -14,17 +14,7 @@ inline CUtensorMap matrix_map(const void* data, int rows, int columns, int tile_
                               int64_t row_stride = 0) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[1] = {2 * (row_stride ? row_stride : sizes[0])};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(tile_rows)}, steps[2] = {1, 1};
-  CUtensorMap map;
-  const CUresult result = tensor_map_encoder()(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      2, const_cast<void*>(data), sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
-            " for a matrix of ", rows, " rows and ", columns, " columns");
-  return map;
+  return swizzled_map<2>(data, sizes, row_bytes, {64, static_cast<cuuint32_t>(tile_rows)}, dtype);
 }
 
 }  // namespace torchtune_fused

@@ -109,4 +109,15 @@ __device__ __forceinline__ uint32_t in_box(uint32_t box, int row, int chunk) {
   return box + row * 128 + (chunk ^ row % 8) * 16;
 }
 
+// Launches a kernel of this kind: a block for each SM.
+template <typename... Args>
+void launch_product(void (*kernel)(Args...), int shared_bytes, cudaStream_t stream,
+                    const std::type_identity_t<Args>&... args) {
+  TTF_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  const unsigned blocks = device_properties().num_sms / 2 * 2;
+  kernel<<<blocks, kProductThreads, shared_bytes, stream>>>(args...);
+  TTF_CUDA_CHECK(cudaGetLastError());
+}
+
 }  // namespace torchtune_fused
