@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torchtune_fused.modules._plain import is_plain_tensor
 
 
-def recompute(y: Tensor, function: Callable[[], Tensor]) -> AbstractContextManager:
-    """Lets what is called inside keep ``function`` for its backward pass instead of ``y``.
+def recompute(
+    y: Tensor, function: Callable[..., Tensor], *inputs: Tensor
+) -> AbstractContextManager:
+    """Lets what is called inside keep ``inputs`` for its backward pass instead of ``y``.
 
     Meant for results that are cheap next to their memory, such as norms. Whatever else holds ``y``
     keeps it alive. Where somebody else decides what is kept (activation checkpointing and
@@ -20,15 +23,17 @@ def recompute(y: Tensor, function: Callable[[], Tensor]) -> AbstractContextManag
 
     Args:
         y (Tensor): a contiguous tensor.
-        function (Callable[[], Tensor]): computes the same again, bit for bit; called without
-            gradients.
+        function (Callable[..., Tensor]): computes the same again from ``inputs``, bit for bit;
+            called without gradients.
+        *inputs (Tensor): its arguments.
 
     Returns:
         AbstractContextManager: to be entered around the calls that read ``y``.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _others_decide():
         return nullcontext()
-    recipe = _Recipe(y, function)
+    # Detached, or the recipe and the graph that it belongs to would hold each other.
+    recipe = _Recipe(y, partial(function, *(t.detach() for t in inputs)))
     return saved_tensors_hooks(recipe.pack, recipe.unpack)
 
 

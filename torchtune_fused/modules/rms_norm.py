@@ -71,8 +71,8 @@ def add_norm(
         return norm(total), total, nullcontext()
     scale, eps, unit_offset = norm.scale, norm.eps, norm._unit_offset
     y, total = add_rms_norm(x, residual, scale, eps, unit_offset=unit_offset)
-    again = partial(rms_norm, total.detach(), scale, eps, unit_offset=unit_offset)
-    return y, total, recompute(y, again)
+    again = partial(rms_norm, eps=eps, unit_offset=unit_offset)
+    return y, total, recompute(y, again, total, scale)
 
 
 def _can_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
