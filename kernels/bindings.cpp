@@ -82,9 +82,11 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
 
 // mlp/grouped_product.cpp
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                           std::vector<int64_t> terms, bool across);
+                           std::vector<int64_t> terms, bool across,
+                           const std::optional<Tensor>& addend);
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                                    std::vector<int64_t> terms, bool across);
+                                    std::vector<int64_t> terms, bool across,
+                                    const std::optional<Tensor>& addend);
 
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
