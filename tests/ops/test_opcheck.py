@@ -137,6 +137,9 @@ CALLS = {
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
     ],
+    "embedding_add_": lambda: [
+        *(randn(7, 4), torch.tensor([5, 2, 5]), torch.tensor([1, 0, 2]), randn(3, 4)),
+    ],
     "scale_": lambda: [randn(5, 8), randn()],
     "linear_cross_entropy": lambda: [*head(), -100, 0.0, 0.1],
     "linear_cross_entropy_backward": lambda: [
