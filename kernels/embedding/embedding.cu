@@ -1,7 +1,8 @@
 // The gradient of an embedding, added to what its weight's gradient already holds.
 //
 // Grid: a block for each place in the order of the ids; those at which an id begins add up its
-// tokens in their order, in fp32 and on top of what is there, and round once. The others end at once.
+// tokens in their order, kAhead at a time, in fp32 and on top of what is there, and round once. The
+// others end at once.
 // Block: kThreads threads that stride over the dim by kWidth elements, 16 bytes where rows allow it.
 // Memory: grad_weight [vocab, dim], grad [tokens, dim], both contiguous.
 #include "embedding/embedding.h"
@@ -12,7 +13,7 @@ namespace torchtune_fused {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;  // rows under way in a thread at once
+constexpr int kAhead = 8;  // rows under way in a thread at once
 
 template <typename T, int kWidth>
 struct alignas(kWidth * sizeof(T)) Elements {
@@ -49,9 +50,11 @@ __global__ void __launch_bounds__(kThreads)
         if (place + j < end) row[j] = rows[p.order[place + j] * vectors];
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int i = 0; i < kWidth; ++i) {
+        Acc part = 0;  // so that a frequent id's sum is rounded less often
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum[i] += static_cast<Acc>(row[j].values[i]);
+        for (int j = 0; j < kAhead; ++j) part += static_cast<Acc>(row[j].values[i]);
+        sum[i] += part;
       }
     }
     Vector rounded;

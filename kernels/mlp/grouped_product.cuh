@@ -98,10 +98,6 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     if (threadIdx.x == 0) {
       for (int tile = cluster; tile < order.size(); tile += clusters) {
         locate(tile);
-        // In good time: all blocks come to the end of their tiles, and want to write, at once.
-        for (int box = 0; shape.adds && box < kWidth / 64; ++box) {
-          prefetch_tile(&maps.addend, column * kWidth + 64 * box, (2 * row_pair + rank) * kRows);
-        }
         for (; term < shape.term_ends[output]; ++term) {
           for (int step = 0; step < shape.steps[term]; ++step, ring.advance()) {
             wait(ring.empty(), ring.parity ^ 1);

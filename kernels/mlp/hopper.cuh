@@ -35,13 +35,6 @@ __device__ __forceinline__ void load_tile_multicast(uint32_t shared, const CUten
       : "memory");
 }
 
-// To L2 only.
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column),
-               "r"(row)
-               : "memory");
-}
-
 // To global memory; what lies outside of the matrix is left out.
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t shared, int column,
                                            int row) {
