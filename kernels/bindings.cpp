@@ -80,11 +80,16 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
                                                      const Tensor& up, std::string activation,
                                                      bool need_hidden);
 
+// embedding/embedding.cpp
+void embedding_add_(Tensor grad_weight, const Tensor& ids, const Tensor& order, const Tensor& grad);
+
 // mlp/grouped_product.cpp
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                           std::vector<int64_t> terms, bool across);
+                           std::vector<int64_t> terms, bool across,
+                           const std::optional<Tensor>& addend);
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                                    std::vector<int64_t> terms, bool across);
+                                    std::vector<int64_t> terms, bool across,
+                                    const std::optional<Tensor>& addend);
 
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
@@ -138,6 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
+  m.impl("embedding_add_", TORCH_BOX(&embedding_add_));
   m.impl("adapter_gradients_takes", TORCH_BOX(&adapter_gradients_takes));
   m.impl("adapter_gradients", TORCH_BOX(&adapter_gradients));
   m.impl("grouped_product_takes", TORCH_BOX(&grouped_product_takes));

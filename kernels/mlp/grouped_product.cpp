@@ -1,4 +1,5 @@
 // Sums of matrix products: checks on the tensors, and the launch.
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,8 @@ bool has_rows_of_16_bytes(const Tensor& t) {
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
+bool is_dense(const Tensor& t) { return has_rows_of_16_bytes(t) && t.is_contiguous(); }
+
 int64_t columns_of(const Tensor& second, bool across) { return second.size(across ? 1 : 0); }
 
 }  // namespace
@@ -21,17 +24,18 @@ int64_t columns_of(const Tensor& second, bool across) { return second.size(acros
 // Whether the kernel takes these, whose shapes fit, and is faster than a product after another: it
 // has one size of tiles, which has to occupy the GPU.
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                           std::vector<int64_t> terms, bool across) {
+                           std::vector<int64_t> terms, bool across,
+                           const std::optional<Tensor>& addend) {
   const Tensor& first = firsts[0];
   const LaunchContext context(first);
   const ScalarType dtype = first.scalar_type();
   if (!runs_sm90_code() || (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) ||
-      firsts.size() < 2 || firsts.size() > kMaxTerms || terms.size() > kMaxSums) {
+      firsts.size() > kMaxTerms || terms.size() > kMaxSums) {
     return false;
   }
+  if (addend ? terms.size() > 1 || !is_dense(*addend) : firsts.size() < 2) return false;
   for (size_t i = 0; i < firsts.size(); ++i) {
-    if (!has_rows_of_16_bytes(firsts[i]) || !has_rows_of_16_bytes(seconds[i]) ||
-        !seconds[i].is_contiguous() || seconds[i].numel() == 0) {
+    if (!has_rows_of_16_bytes(firsts[i]) || !is_dense(seconds[i]) || seconds[i].numel() == 0) {
       return false;
     }
   }
@@ -48,9 +52,10 @@ bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> secon
 }
 
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
-                                    std::vector<int64_t> terms, bool across) {
+                                    std::vector<int64_t> terms, bool across,
+                                    const std::optional<Tensor>& addend) {
 #ifdef TTF_HAS_SM90
-  TTF_CHECK(grouped_product_takes(firsts, seconds, terms, across),
+  TTF_CHECK(grouped_product_takes(firsts, seconds, terms, across, addend),
             "grouped_product has no kernel for this case");
   const Tensor& x = firsts[0];
   const LaunchContext context(x);
@@ -79,6 +84,10 @@ std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tens
                        .second = second.const_data_ptr(),
                        .k = static_cast<int>(k)};
     }
+  }
+  if (addend) {
+    check_like(*addend, "addend", x, {rows, p.n[0]});
+    p.addend = addend->const_data_ptr();
   }
   launch_grouped_product_sm90(p, context.stream());
   return outs;

@@ -1,11 +1,13 @@
 // Up to three sums of matrix products in one launch on Hopper: linear layers of one input with
 // their adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad
-// weight. No sum leaves the registers before it is complete, so none is read back from memory.
+// weight. No sum leaves the registers before it is complete, so none is read back from memory. To the
+// only sum of a launch a matrix can be added, such as a residual stream.
 //
 // Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's tile.
+// What is added comes through the same ring, its 128 x 256 in two stages after those of the products.
 //
-// Memory: outputs [rows, n], first operands [rows, k], second ones [n, k], or [k, n] with kAcrossK;
-// row-major.
+// Memory: outputs and addend [rows, n], first operands [rows, k], second ones [n, k], or [k, n] with
+// kAcrossK; row-major.
 //
 // Grid and shared memory as product.cuh says, with two boxes for the outputs of each warpgroup.
 #pragma once
@@ -19,6 +21,7 @@ struct GroupedProductMaps {
   CUtensorMap first[kMaxTerms];   // tiles of 128 rows
   CUtensorMap second[kMaxTerms];  // of 128 rows; with kAcrossK of 64 rows
   CUtensorMap out[kMaxSums];      // of 64 rows
+  CUtensorMap addend;             // of 128 rows
 };
 
 struct GroupedProductShape {
@@ -26,10 +29,39 @@ struct GroupedProductShape {
   int steps[kMaxTerms];       // of kDepth
   int term_ends[kMaxSums];    // how many terms there are up to and with those of an output
   int column_ends[kMaxSums];  // likewise columns of tiles
+  bool adds;
 };
 
 constexpr int kGroupedStages = 4;
 constexpr int kGroupedSharedBytes = 1024 + Ring<kGroupedStages>::kBytes + 2 * 2 * kBoxBytes;
+constexpr int kAddendStages = 2;
+constexpr int kAddendWidth = kWidth / kAddendStages;
+static_assert(kRows * kAddendWidth * 2 == kSecondBytes);  // where a stage of the addend lies
+
+// Adds the next kAddendStages stages to sum[64, 256]; `row` as store_matrix_x4 wants it.
+template <typename T>
+__device__ __forceinline__ void add_stages(float (&sum)[128], Ring<kGroupedStages>& ring, int half,
+                                           int row) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int stage = 0; stage < kAddendStages; ++stage, ring.advance()) {
+    wait(ring.full(), ring.parity);
+#pragma unroll
+    for (int column = 0; column < kAddendWidth; column += 16) {
+      const uint32_t box = ring.second() + column / 64 * 2 * kBoxBytes + half * kBoxBytes;
+      uint32_t r[4];
+      load_matrix_x4(r, in_box(box, row, column % 64 / 8 + lane / 16));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = 4 * ((stage * kAddendWidth + column) / 8 + j / 2) + 2 * (j % 2);
+        const float2 pair = unpack<T>(r[j]);
+        sum[at] += pair.x;
+        sum[at + 1] += pair.y;
+      }
+    }
+    if (lane < 2) arrive_at(ring.empty(), lane);
+  }
+}
 
 template <typename T, bool kAcrossK>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
@@ -84,6 +116,15 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
             }
           }
         }
+        for (int stage = 0; shape.adds && stage < kAddendStages; ++stage, ring.advance()) {
+          wait(ring.empty(), ring.parity ^ 1);
+          arrive_and_expect(ring.full(), kSecondBytes);
+          for (int box = 0; box < 2; ++box) {
+            load_tile(ring.second() + box * 2 * kBoxBytes, &maps.addend, ring.full(),
+                      column * kWidth + stage * kAddendWidth + 64 * box,
+                      (2 * row_pair + rank) * kRows);
+          }
+        }
       }
     }
   } else {
@@ -99,6 +140,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       int steps = 0;
       for (; term < shape.term_ends[output]; ++term) steps += shape.steps[term];
       multiply<T, kAcrossK>(sum, ring, steps, half);
+      if (shape.adds) add_stages<T>(sum, ring, half, box_row);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t to = box + i % 2 * kBoxBytes;

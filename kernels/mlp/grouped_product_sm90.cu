@@ -8,7 +8,8 @@ namespace {
 template <typename T, bool kAcrossK>
 void launch(const GroupedProductParams& p, cudaStream_t stream) {
   GroupedProductMaps maps;
-  GroupedProductShape shape = {.rows = p.rows, .outputs = p.sums};
+  GroupedProductShape shape = {
+      .rows = p.rows, .outputs = p.sums, .adds = p.addend != nullptr};
   int columns = 0;
   for (int i = 0, term = 0; i < p.sums; ++i) {
     const int n = p.n[i];
@@ -24,6 +25,7 @@ void launch(const GroupedProductParams& p, cudaStream_t stream) {
       shape.steps[term] = steps_of(t.k);
     }
   }
+  if (shape.adds) maps.addend = matrix_map(p.addend, p.rows, p.n[0], kRows, p.dtype);
   launch_product(grouped_product_kernel<T, kAcrossK>, kGroupedSharedBytes, stream, maps, shape);
 }
 

@@ -64,7 +64,8 @@ struct GatedLinearBackwardParams {
   DType dtype;
 };
 
-// Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`.
+// Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`,
+// and of the addend, if there is one; then there is one sum only.
 constexpr int kMaxSums = 3, kMaxTerms = 6;
 constexpr int kClusterTile = 256;  // rows and columns that a cluster of two blocks takes at a time
 
@@ -80,6 +81,7 @@ struct GroupedProductParams {
   int n[kMaxSums];
   ProductTerm terms[kMaxTerms];  // those of one output after those of another
   int term_ends[kMaxSums];       // how many terms there are up to and with those of an output
+  const void* addend;            // [rows, n], or null
   int sums, rows;
   bool across;
   DType dtype;

@@ -31,6 +31,7 @@ from torchtune_fused.ops import (
     qkv_linear,
     rms_norm,
 )
+from torchtune_fused.ops.tied_embedding import tied_embedding
 
 DEVICE = "cuda"
 
@@ -143,6 +144,11 @@ def products():
         backward(*qkv_linear(x, *adapted[:2], AdaptedLinear(weight(hidden, dim))))
         targets = torch.randint(hidden, (tokens,), device=DEVICE)
         backward(linear_cross_entropy(x, weight(hidden, dim), targets))
+        backward(*tied_embedding(targets, weight(hidden, dim)))
+    # As many tiles as a sum of products takes a kernel of its own for.
+    x, residual = normal(66 * 256 - 1, 72), normal(66 * 256 - 1, 72).requires_grad_()
+    matrices = weight(104, 72), weight(104, 72), weight(72, 104)
+    backward(gated_mlp(x, *matrices, residual=residual))
 
 
 FAMILIES = {

@@ -105,6 +105,28 @@ def test_output_and_gradients(assert_as_exact, dtype, bias, rows, dim, hidden, a
         assert torch.equal(gated_mlp(*leaves, activation=activation), found[0])
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows, dim, hidden", [((2, 37), 72, 136), ((2, 2050), 1024, 512)])
+def test_residual(assert_as_exact, dtype, rows, dim, hidden):
+    shapes = [(*rows, dim), (hidden, dim), (hidden, dim), (dim, hidden), (*rows, dim)]
+    tensors = [normal(*s, dtype=dtype, scale=s[-1] ** -0.5) for s in shapes]
+    tensors[0], tensors[4] = tensors[0] * dim**0.5, tensors[4] * dim**0.5
+    grad = normal(*rows, dim, dtype=dtype)
+
+    def plain(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        x, w_gate, w_up, w_down, residual = leaves
+        hidden = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)
+        out = residual + F.linear(hidden, w_down)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    leaves = [t.requires_grad_() for t in tensors]
+    out = gated_mlp(*leaves[:4], residual=leaves[4])
+    found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    for mine, theirs, exact in zip(found, plain(dtype), plain(torch.float64), strict=True):
+        assert_as_exact(mine, theirs, exact, dtype)
+
+
 def test_frozen_weights_get_no_gradients_and_cost_no_memory():
     tokens, dim, hidden = 4096, 512, 4096
     shapes = [(tokens, dim), (hidden, dim), (hidden, dim), (dim, hidden)]

@@ -56,6 +56,34 @@ def test_sums(assert_as_exact, dtype, across, rows, widths, depths):
         assert_as_exact(mine, theirs, exact, dtype)
 
 
+@hopper
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("across", [False, True], ids=["layers", "gradient"])
+@pytest.mark.parametrize(
+    "rows, n, ks", [(8192, 2048, (2048,)), (4099, 1032, (72,)), (8193, 1000, (264, 8))]
+)
+def test_addend(assert_as_exact, dtype, across, rows, n, ks):
+    firsts, seconds = (
+        [normal(rows, k, dtype=dtype) for k in ks],
+        [normal(*((k, n) if across else (n, k)), dtype=dtype) for k in ks],
+    )
+    addend = normal(rows, n, dtype=dtype) * n**0.5
+    arguments = firsts, seconds, [len(ks)], across
+    assert ops.grouped_product_takes(*arguments, addend)
+
+    def plain(dtype):
+        products = (
+            first.to(dtype) @ (second if across else second.t()).to(dtype)
+            for first, second in zip(firsts, seconds, strict=True)
+        )
+        return addend.to(dtype) + sum(products)
+
+    kept = addend.clone()
+    (found,) = ops.grouped_product(*arguments, addend)
+    assert_as_exact(found, plain(dtype), plain(torch.float64), dtype)
+    assert torch.equal(addend, kept)
+
+
 def test_sum_of_one_and_of_odd_sizes(assert_as_exact):
     for rows, n, ks in ((3, 5, (7,)), (1000, 33, (65, 3)), (4096, 1024, (512,))):
         firsts = [normal(rows, k, dtype=torch.bfloat16) for k in ks]

@@ -65,6 +65,27 @@ def test_adapters(bias, assert_same):
     assert op_calls(fused, torch.randn(1, DIM), "lora_gated_mlp") == 1
 
 
+@pytest.mark.parametrize("linear", [nn.Linear, lora, dora])
+@pytest.mark.parametrize("kind", ["same", "broadcast", "wider"])
+def test_residual(linear, kind):
+    fused, stock = pair(linear=linear)
+    x, residual = torch.randn(2, 7, DIM), torch.randn(2, 7, DIM)
+    if kind == "broadcast":
+        residual = residual[0]
+    elif kind == "wider":
+        residual = residual.double()
+    leaves = [x.requires_grad_(), residual.requires_grad_()]
+    expected = residual + stock(x)
+    out = fused(x, residual=residual)
+    assert out.dtype == expected.dtype
+    # The tolerance of fp32, whatever the sum's dtype: that is what the products are in.
+    torch.testing.assert_close(out.float(), expected.float())
+    for ours, theirs in zip(
+        *(torch.autograd.grad(t.sin().sum(), leaves) for t in (out, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["dropout", "scale", "plain gate", "plain up"])
 def test_adapters_that_are_not_one_op(case, assert_same):
     fused, stock = pair(linear=lora, dropout=0.3 if case == "dropout" else 0.0)

@@ -110,6 +110,73 @@ def test_a_step_of_the_recipes(build, compiled, batch, monkeypatch):
     assert_same(step(fused, ours, batch), step(model, theirs, batch))
 
 
+def embedding_additions(run):
+    with torch.profiler.profile() as profile:
+        run()
+    events = profile.key_averages()
+    return sum(e.count for e in events if e.key == "torchtune_fused::embedding_add_")
+
+
+def test_a_tied_weight_gets_its_gradient_in_one_piece(batch):
+    model = built(tied)
+    fused = copy.deepcopy(model)
+    patch_model(fused)
+    theirs, ours = stock.CEWithChunkedOutputLoss(), CEWithChunkedOutputLoss()
+    introduce(theirs, model)
+    introduce(ours, fused)
+    assert embedding_additions(lambda: step(fused, ours, batch)) == 1
+    step(model, theirs, batch)
+    # A second step adds to the gradients of the first.
+    assert_same(step(fused, ours, batch), step(model, theirs, batch))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_tied_weight_in_several_forward_passes(order, batch):
+    model = built(tied)
+    fused = copy.deepcopy(model)
+    patch_model(fused)
+    tokens, labels = batch
+    results = []
+    pairs = (fused, CEWithChunkedOutputLoss()), (model, stock.CEWithChunkedOutputLoss())
+    for either, loss in pairs:
+        introduce(loss, either)
+        values = [loss(out, labels) for out in (either(tokens), either(tokens.flip(0)))]
+        for i in order:
+            values[i].backward()
+        results.append({n: p.grad for n, p in either.named_parameters()})
+    assert_same(*results)
+
+
+def test_a_tied_weight_whose_hidden_states_come_as_a_view_or_a_copy(batch):
+    fused = built(tied)
+    patch_model(fused)
+    loss = LinearCrossEntropyLoss()
+    introduce(loss, fused)
+    tokens, labels = batch
+    gradients = []
+    for additions, change in ((1, torch.Tensor.view_as), (0, lambda hidden, _: hidden.clone())):
+        hidden = fused(tokens)
+        hidden = change(hidden, hidden)[:, :-1]
+        value = loss(hidden, labels[:, :-1])
+        assert embedding_additions(value.backward) == additions
+        gradients.append({n: p.grad for n, p in fused.named_parameters()})
+        fused.zero_grad()
+    assert_same(*gradients)
+
+
+def test_a_tied_weight_whose_head_is_not_used(batch):
+    model = built(tied)
+    fused = copy.deepcopy(model)
+    patch_model(fused)
+    introduce(LinearCrossEntropyLoss(), fused)
+    model.output = nn.Identity()
+    for either in (model, fused):
+        either(batch[0]).sin().sum().backward()
+    assert_same(*({n: p.grad for n, p in m.named_parameters()} for m in (fused, model)))
+    with torch.no_grad():
+        assert not fused(batch[0]).requires_grad
+
+
 def test_a_step_of_the_main_branchs_recipes(batch):
     model = built(untied)
     fused = copy.deepcopy(model)

@@ -44,6 +44,28 @@ def test_output_and_gradients(activation, dtype, bias, obeys_the_rule, run_with_
         )
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_residual(bias, run_with_grads):
+    tensors = [*arguments((2, 7), 16, 24, 12, bias=bias), torch.randn(2, 7, 12)]
+    grad = torch.randn(2, 7, 12)
+
+    def together(*tensors):
+        *tensors, residual = tensors
+        return gated_mlp(*tensors, residual=residual)
+
+    def apart(*tensors):
+        *tensors, residual = tensors
+        return residual + gated_mlp(*tensors)
+
+    pairs = zip(
+        run_with_grads(together, tensors, grad), run_with_grads(apart, tensors, grad), strict=True
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match=r"residual must have shape \[2, 7, 12\], got \[7, 12\]"):
+        gated_mlp(*tensors[:-1], residual=torch.randn(7, 12))
+
+
 @pytest.mark.parametrize("trained", range(7))
 def test_only_the_gradients_asked_for(trained):
     tensors = arguments((3,), 4, 6, 5, bias=True)

@@ -58,12 +58,22 @@ CALLS = {
         *(randn(2, 5, 3, 8), randn(2, 5, 1, 8), randn(2, 5, 3, 8), randn(2, 5, 1, 8)),
         *(randn(8), randn(8), randn(9, 4), randn(9, 4), None, 1e-6, True, False),
     ],
-    "gated_mlp": lambda: [*(randn(*s, grad=True) for s in MLP), None, None, None, "silu", True],
+    "gated_mlp": lambda: [
+        *(randn(*s, grad=True) for s in MLP),
+        *(None, None, None, None, "silu", True),
+    ],
     "gated_mlp bias": lambda: [
         *(randn(*s, grad=True) for s in (*MLP, (7,), (7,), (8,))),
-        *("gelu_tanh", True),
+        *(None, "gelu_tanh", True),
     ],
-    "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
+    "gated_mlp residual": lambda: [
+        *(randn(*s, grad=True) for s in MLP),
+        *(None, None, None, randn(2, 5, 8, grad=True), "silu", True),
+    ],
+    "gated_mlp inference": lambda: [
+        *(randn(*s) for s in MLP),
+        *(None, None, None, None, "relu", False),
+    ],
     "gated_linear": lambda: [
         *(randn(*s) for s in (*MLP[:3], (2, 5, 3), (7, 3), (7, 3))),
         *("silu", True),
@@ -97,7 +107,12 @@ CALLS = {
     "lora_gated_mlp": lambda: [
         *(randn(*s, grad=True) for s in (*MLP, (7,), (7,), (8,))),
         *(randn(*s, grad=True) for s in ((2, 8), (7, 2), (3, 8), (7, 3), (2, 7), (8, 2))),
-        *(0.5, "silu"),
+        *(None, 0.5, "silu"),
+    ],
+    "lora_gated_mlp residual": lambda: [
+        *(*(randn(*s) for s in MLP), None, None, None),
+        *(randn(*s, grad=True) for s in ((2, 8), (7, 2), (3, 8), (7, 3), (2, 7), (8, 2))),
+        *(randn(2, 5, 8, grad=True), 0.5, "silu"),
     ],
     "qkv_linear": lambda: [
         *(randn(*s, grad=True) for s in ((2, 5, 8), (6, 8), (2, 8), (2, 8))),
@@ -117,9 +132,13 @@ CALLS = {
         *([randn(5, 8), randn(5, 3), randn(5, 8)], [randn(7, 8), randn(7, 3), randn(4, 8)]),
         *([2, 1], False),
     ],
+    "grouped_product addend": lambda: [[randn(5, 8)], [randn(8, 4)], [1], True, randn(5, 4)],
     "sum_of_products": lambda: [[randn(5, 8), randn(5, 3)], [randn(8, 7), randn(3, 7)]],
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),
+    ],
+    "embedding_add_": lambda: [
+        *(randn(7, 4), torch.tensor([5, 2, 5]), torch.tensor([1, 0, 2]), randn(3, 4)),
     ],
     "scale_": lambda: [randn(5, 8), randn()],
     "linear_cross_entropy": lambda: [*head(), -100, 0.0, 0.1],

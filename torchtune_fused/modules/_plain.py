@@ -42,6 +42,16 @@ def is_plain_tensor(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is nn.Parameter
 
 
+def adds_to(residual: Tensor, x: Tensor) -> bool:
+    """Whether ``residual`` is a tensor that the ops can add to what has the form of ``x``."""
+    return (
+        is_plain_tensor(residual)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
+
+
 def in_autocast(x: Tensor) -> bool:
     """Whether autocast chooses dtypes on the device of ``x``, which it doesn't for our ops."""
     return torch.is_autocast_enabled(x.device.type)

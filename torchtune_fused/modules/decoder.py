@@ -1,12 +1,15 @@
 """torchtune's TransformerDecoder with captured decoding steps, and a head that a loss can take."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
-from torchtune_fused.modules._plain import share_state
-from torchtune_fused.modules.loss import ChunkCount
+from torchtune_fused.modules._plain import is_plain, share_state
+from torchtune_fused.modules.loss import ChunkCount, leave_head
 from torchtune_fused.modules.step_runner import StepRunner
+from torchtune_fused.ops.tied_embedding import tied_embedding
 
 
 class CapturedSteps(TransformerDecoder):
@@ -33,6 +36,43 @@ class HeadForLoss(TransformerDecoder):
     #: Whether ``forward`` ends with normalised hidden states ``[b, s, embed_dim]``, in the weights'
     #: dtype, in place of logits.
     skip_output_layer: bool = False
+
+    def forward(self, tokens: Tensor, **kwargs) -> Tensor | list[Tensor]:
+        """As in torchtune; a tied head that is left to the loss shares the embedding's gradient."""
+        if not self._shares_gradient():
+            return super().forward(tokens, **kwargs)
+        embedding, views = self.tok_embeddings, []
+
+        def embed(ids: Tensor) -> Tensor:
+            h, view = tied_embedding(ids, embedding.weight)
+            views.append(view)
+            return h
+
+        # As if it were the module's own forward, so that the rest of torchtune's runs as it is.
+        embedding.forward = embed
+        try:
+            hidden = super().forward(tokens, **kwargs)
+        finally:
+            del embedding.forward
+        leave_head(hidden, *views)
+        return hidden
+
+    def _shares_gradient(self) -> bool:
+        """Whether the weight is one plain tensor that nothing but embedding and head depend on."""
+        embedding = self.tok_embeddings
+        return (
+            self.skip_output_layer
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and isinstance(self.output, TiedLinear)
+            and self.output.tied_module is embedding
+            and is_plain(embedding, nn.Embedding)
+            and embedding.weight.requires_grad
+            and embedding.padding_idx is None
+            and embedding.max_norm is None
+            and not (embedding.scale_grad_by_freq or embedding.sparse)
+            and not (self.output_hidden_states or isinstance(self, FSDPModule))
+        )
 
     def set_num_output_chunks(self, num_output_chunks: int) -> None:
         """As in torchtune; a loss that comes with the number may take the head over."""

@@ -6,6 +6,7 @@ from torchtune.modules import FeedForward
 from torchtune.modules.peft import LoRALinear
 
 from torchtune_fused.modules._plain import (
+    adds_to,
     in_autocast,
     is_plain,
     is_plain_tensor,
@@ -28,18 +29,30 @@ def activation_name(activation: nn.Module) -> str | None:
 
 
 def fuse(
-    x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str
+    x: Tensor,
+    gate: nn.Module,
+    up: nn.Module,
+    down: nn.Module,
+    activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """`gated_mlp` of three linear layers, None if it wouldn't be the same as calling them."""
     gate, up, down = plain_linear(gate), plain_linear(up), plain_linear(down)
     if gate is None or up is None or down is None or not is_plain_tensor(x) or in_autocast(x):
         return None
     (w_gate, b_gate), (w_up, b_up), (w_down, b_down) = gate, up, down
-    return gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation)
+    return gated_mlp(
+        *(x, w_gate, w_up, w_down, b_gate, b_up, b_down), activation=activation, residual=residual
+    )
 
 
 def fuse_adapted(
-    x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module, activation: str
+    x: Tensor,
+    gate: nn.Module,
+    up: nn.Module,
+    down: nn.Module,
+    activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor | None:
     """`lora_gated_mlp` of three LoRA layers, None if it wouldn't be the same as calling them."""
     layers = plain_lora(gate), plain_lora(up), plain_lora(down)
@@ -48,7 +61,7 @@ def fuse_adapted(
     scales = {adapter_scale(module) for module in (gate, up, down)}
     if len(scales) > 1:
         return None
-    return lora_gated_mlp(x, *layers, scale=scales.pop(), activation=activation)
+    return lora_gated_mlp(x, *layers, scale=scales.pop(), activation=activation, residual=residual)
 
 
 class FusedFeedForward(FeedForward):
@@ -65,24 +78,32 @@ class FusedFeedForward(FeedForward):
         """The same feed-forward, sharing all of its state with ``module``."""
         return share_state(module, FeedForward, cls)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Applies the feed-forward network.
 
         Args:
             x (Tensor): input of shape ``[..., in_dim]``.
+            residual (Tensor | None): added to the result, by its last product where that can.
 
         Returns:
             Tensor: shape ``[..., out_dim]``, dtype of ``x``.
         """
         dtype = self.compute_dtype
         if dtype is not None and x.dtype != dtype:
-            return self.forward(x.to(dtype)).to(x.dtype)
+            out = self.forward(x.to(dtype)).to(x.dtype)
+            return out if residual is None else residual + out
+        addend = residual if residual is not None and adds_to(residual, x) else None
+        out = self._as_op(x, addend)
+        if out is None:
+            out, addend = super().forward(x), None
+        return out if addend is residual else residual + out
+
+    def _as_op(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
             # There the op is the calls that torchtune makes, and the way to it is longer.
-            return super().forward(x)
+            return None
         activation = activation_name(self.activation)
         if activation is None:
-            return super().forward(x)
+            return None
         fused = fuse_adapted if isinstance(self.w1, LoRALinear) else fuse
-        out = fused(x, self.w1, self.w3, self.w2, activation)
-        return super().forward(x) if out is None else out
+        return fused(x, self.w1, self.w3, self.w2, activation, residual)

@@ -7,6 +7,7 @@ Those of 0.6.1 know one loss by its name, and hand the model that loss's number 
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -86,7 +87,7 @@ class LinearCrossEntropyLoss(stock.CEWithChunkedOutputLoss):
             )
         owner = _weight_owner(self._model[0])
         if not isinstance(owner, FSDPModule):
-            return self._loss(outputs, owner.weight, targets)
+            return self._loss(outputs, _left_head(outputs, owner.weight), targets)
         # As if it were the module's own forward, so that FSDP gathers the weight around it.
         owner.forward = lambda hidden: self._loss(hidden, owner.weight, targets)
         try:
@@ -155,6 +156,26 @@ class ChunkCount(int):
         count = super().__new__(cls, value)
         count.loss = loss
         return count
+
+
+def leave_head(hidden: Tensor, view: Tensor) -> None:
+    """Leave the loss of ``hidden`` a view of the head's weight, to be used in the weight's place.
+
+    On the tensor, since the view belongs to the same forward pass: backward, it leads to the
+    embedding that ``hidden`` came from.
+    """
+    hidden._head_view = view
+
+
+def _left_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The view that goes with ``hidden``, or with what that is a view of; else ``weight``."""
+    if torch.compiler.is_compiling():
+        return weight
+    for tensor in (hidden, hidden._base):
+        view = getattr(tensor, "_head_view", None)
+        if view is not None and view._base is weight:
+            return view
+    return weight
 
 
 def _weight_owner(model: TransformerDecoder) -> nn.Module:

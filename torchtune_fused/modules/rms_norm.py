@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 
-from torchtune_fused.modules._plain import is_plain, is_plain_tensor, share_state
+from torchtune_fused.modules._plain import adds_to, is_plain, is_plain_tensor, share_state
 from torchtune_fused.modules.recompute import recompute
 from torchtune_fused.ops import add_rms_norm, rms_norm
 
@@ -79,15 +79,7 @@ def _can_add(norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     """Whether nobody can tell `add_rms_norm` from an addition and a call of ``norm``."""
     if not any(is_plain(norm, cls) for cls in (FusedRMSNorm, FusedGemmaRMSNorm)):
         return False
-    return is_plain_tensor(x) and (
-        residual is None
-        or (
-            is_plain_tensor(residual)
-            and residual.shape == x.shape
-            and residual.dtype == x.dtype
-            and residual.device == x.device
-        )
-    )
+    return is_plain_tensor(x) and (residual is None or adds_to(residual, x))
 
 
 def head_norms(q_norm: nn.Module, k_norm: nn.Module) -> tuple[tuple[Tensor, Tensor], float] | None:

@@ -1,10 +1,11 @@
 """torchtune's TransformerSelfAttentionLayer, with its additions and norms as one op."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerSelfAttentionLayer
 
-from torchtune_fused.modules._plain import share_state
+from torchtune_fused.modules._plain import is_plain, share_state
+from torchtune_fused.modules.feed_forward import FusedFeedForward
 from torchtune_fused.modules.rms_norm import add_norm
 
 
@@ -13,7 +14,8 @@ class FusedTransformerSelfAttentionLayer(TransformerSelfAttentionLayer):
 
     Norms that are fused themselves, and carry no hooks, run as one op with the addition to the
     residual stream, forward and backward. What they give is not kept for the backward pass but
-    computed anew, unless activations are checkpointed, offloaded or compiled.
+    computed anew, unless activations are checkpointed, offloaded or compiled. A feed-forward of the
+    same kind adds its result to the stream in its last product.
     """
 
     @classmethod
@@ -47,5 +49,6 @@ class FusedTransformerSelfAttentionLayer(TransformerSelfAttentionLayer):
             attn_out = self.sa_scale(self.attn(y, y, mask=mask, input_pos=input_pos))
         y, h, unkept = add_norm(self.mlp_norm, x, attn_out)
         with unkept:
-            mlp_out = self.mlp_scale(self.mlp(y))
-        return h + mlp_out
+            if is_plain(self.mlp, FusedFeedForward) and is_plain(self.mlp_scale, nn.Identity):
+                return self.mlp(y, residual=h)
+            return h + self.mlp_scale(self.mlp(y))

@@ -32,6 +32,7 @@ def gated_mlp(
     b_down: Tensor | None = None,
     *,
     activation: str = "silu",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Feed-forward block of Llama-type models (SwiGLU with ``activation="silu"``).
 
@@ -46,6 +47,8 @@ def gated_mlp(
         b_up (Tensor | None): bias of shape ``[hidden]``.
         b_down (Tensor | None): bias of shape ``[out]``.
         activation (str): ``"silu"``, ``"gelu_tanh"``, ``"gelu"`` or ``"relu"``.
+        residual (Tensor | None): what to add to the result, of its shape. On Hopper the last
+            product does so on the way, and the result is rounded once.
 
     Returns:
         Tensor: shape ``[..., out]``, dtype of ``x``.
@@ -66,7 +69,9 @@ def gated_mlp(
         check_tensor(op, "b_up", b_up, (hidden,), "x", x)
     if b_down is not None:
         check_tensor(op, "b_down", b_down, (out,), "x", x)
-    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    if residual is not None:
+        check_tensor(op, "residual", residual, (*x.shape[:-1], out), "x", x)
+    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual)
     # Without a backward pass to come, the op need not write the projections to memory.
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return call("gated_mlp", *tensors, activation, save)[0]
@@ -79,9 +84,10 @@ def fused_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
 
 @define_op(
     "gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
-    "Tensor? b_down, str activation, bool save) -> (Tensor out, Tensor gate, Tensor up)"
+    "Tensor? b_down, Tensor? residual, str activation, bool save) -> "
+    "(Tensor out, Tensor gate, Tensor up)"
 )
-def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
+def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, save):
     # gate and up are the projections before the activation; empty unless they are to be saved.
     x = x.contiguous()
     if b_gate is None and b_up is None:
@@ -91,11 +97,11 @@ def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
         hidden = gated_activation(gate, up, activation)
         if not save:
             gate, up = x.new_empty(0), x.new_empty(0)
-    return linear(hidden, w_down, b_down), gate, up
+    return linear(hidden, w_down, b_down, residual), gate, up
 
 
 @torch.library.register_fake("torchtune_fused::gated_mlp", lib=LIBRARY)
-def _(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
+def _(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, save):
     hidden = (*x.shape[:-1], w_gate.shape[0]) if save else (0,)
     out = x.new_empty((*x.shape[:-1], w_down.shape[0]))
     return out, x.new_empty(hidden), x.new_empty(hidden)
@@ -110,6 +116,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad):
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     need_x, need_w_gate, need_w_up, need_w_down, *need_bias = ctx.needs_input_grad[:7]
+    grad_residual = grad if ctx.needs_input_grad[7] else None
     grad, rows, gate, up = (rows_of(t) for t in (grad, x, gate, up))
     hidden, grad_gate, grad_up = gated_linear_backward(
         grad, w_down, gate, up, ctx.activation, need_hidden=need_w_down
@@ -126,6 +133,7 @@ def _autograd(ctx, grad):
         grad_up.t() @ rows if need_w_up else None,
         grad_w_down,
         *(g.sum(0) if need else None for g, need in grad_biases),
+        grad_residual,
         None,
         None,
     )

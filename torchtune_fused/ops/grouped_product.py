@@ -19,6 +19,7 @@ def grouped_linear(
     biases: Sequence[Tensor | None],
     low: Sequence[Tensor | None],
     bs: Sequence[Tensor | None],
+    addend: Tensor | None = None,
 ) -> list[Tensor]:
     """``x @ weightᵀ + bias + low @ bᵀ`` of each layer; inside of an op only.
 
@@ -29,6 +30,7 @@ def grouped_linear(
         low (Sequence[Tensor | None]): input of each layer's adapter, ``[..., rank]``. None: it has
             none.
         bs (Sequence[Tensor | None]): the adapter's second matrix, ``[out, rank]``.
+        addend (Tensor | None): what to add to the output of the only layer, of its shape.
 
     Returns:
         list[Tensor]: ``[..., out]`` of each.
@@ -42,13 +44,16 @@ def grouped_linear(
             seconds += [weight] if own is None else [weight, b]
             terms.append(1 if own is None else 2)
         ops = torch.ops.torchtune_fused
-        if ops.grouped_product_takes(firsts, seconds, terms, False):
-            outs = ops.grouped_product(firsts, seconds, terms, False)
+        added = None if addend is None else rows_of(addend)
+        if ops.grouped_product_takes(firsts, seconds, terms, False, added):
+            outs = ops.grouped_product(firsts, seconds, terms, False, added)
             return [out.view(*shape, out.shape[1]) for out in outs]
     outs = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
     for out, own, b in zip(outs, low, bs, strict=True):
         if own is not None:
             out.addmm_(own, b.t())
+    if addend is not None:
+        outs[0] += rows_of(addend)
     return [out.view(*shape, out.shape[1]) for out in outs]
 
 
@@ -71,16 +76,19 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 # Each output is the sum of its next terms[i] products, first @ second with `across`, else
-# first @ secondᵀ.
+# first @ secondᵀ; the addend, if any, is added to the only one.
 @define_op(
-    "grouped_product(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across) -> Tensor[]"
+    "grouped_product(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across, "
+    "Tensor? addend=None) -> Tensor[]"
 )
-def _reference(firsts, seconds, terms, across):
+def _reference(firsts, seconds, terms, across, addend=None):
     outs, start = [], 0
     for count in terms:
         own = slice(start, start + count)
         start += count
         outs.append(_add_up(firsts[own], [s if across else s.t() for s in seconds[own]]))
+    if addend is not None:
+        outs[0] += addend
     return outs
 
 
@@ -92,7 +100,7 @@ def _add_up(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("torchtune_fused::grouped_product", lib=LIBRARY)
-def _(firsts, seconds, terms, across):
+def _(firsts, seconds, terms, across, addend=None):
     ends = [sum(terms[: i + 1]) for i in range(len(terms))]
     return [
         firsts[0].new_empty(firsts[0].shape[0], seconds[end - 1].shape[1 if across else 0])
@@ -101,9 +109,10 @@ def _(firsts, seconds, terms, across):
 
 
 @define_op(
-    "grouped_product_takes(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across) -> bool"
+    "grouped_product_takes(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across, "
+    "Tensor? addend=None) -> bool"
 )
-def _takes(firsts, seconds, terms, across):
+def _takes(firsts, seconds, terms, across, addend=None):
     return False  # Only the compiled library has the kernel, and knows for what.
 
 

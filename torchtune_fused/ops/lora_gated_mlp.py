@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, call, check_floating, define_op, register_autograd
+from torchtune_fused.ops._library import (
+    LIBRARY,
+    call,
+    check_floating,
+    check_tensor,
+    define_op,
+    register_autograd,
+)
 from torchtune_fused.ops.adapters import (
     AdaptedLinear,
     adapter_backward,
@@ -24,6 +31,7 @@ def lora_gated_mlp(
     *,
     scale: float,
     activation: str = "silu",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``down(activation(gate(x)) * up(x))``, where each of the three carries an adapter.
 
@@ -37,6 +45,7 @@ def lora_gated_mlp(
         down (AdaptedLinear): from ``hidden`` to ``out``.
         scale (float): factor of all three adapters, ``alpha / rank`` in the paper.
         activation (str): ``"silu"``, ``"gelu_tanh"``, ``"gelu"`` or ``"relu"``.
+        residual (Tensor | None): what to add to the result, as in `gated_mlp`.
 
     Returns:
         Tensor: shape ``[..., out]``, dtype of ``x``.
@@ -57,6 +66,8 @@ def lora_gated_mlp(
         check_adapted(op, suffix, x, shape, layer)
         if layer.a is None:
             raise ValueError(f"{op}: a{suffix} is missing; without adapters, use gated_mlp")
+    if residual is not None:
+        check_tensor(op, "residual", residual, (*x.shape[:-1], out), "x", x)
     layers = (gate, up, down)
     return call(
         op,
@@ -64,6 +75,7 @@ def lora_gated_mlp(
         *(layer.weight for layer in layers),
         *(layer.bias for layer in layers),
         *(matrix for layer in layers for matrix in (layer.a, layer.b)),
+        residual,
         scale,
         activation,
     )[0]
@@ -74,7 +86,7 @@ def lora_gated_mlp(
 @define_op(
     "lora_gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? bias_gate, "
     "Tensor? bias_up, Tensor? bias_down, Tensor a_gate, Tensor b_gate, Tensor a_up, Tensor b_up, "
-    "Tensor a_down, Tensor b_down, float scale, str activation) -> "
+    "Tensor a_down, Tensor b_down, Tensor? residual, float scale, str activation) -> "
     "(Tensor out, Tensor gate, Tensor up, Tensor low_in, Tensor low_down)"
 )
 def _forward(
@@ -91,6 +103,7 @@ def _forward(
     b_up,
     a_down,
     b_down,
+    residual,
     scale,
     activation,
 ):
@@ -106,7 +119,7 @@ def _forward(
         )
         hidden = gated_activation(gate, up, activation)
     low_down = low_rank([hidden], [a_down], scale)
-    (out,) = grouped_linear(hidden, [w_down], [bias_down], [low_down], [b_down])
+    (out,) = grouped_linear(hidden, [w_down], [bias_down], [low_down], [b_down], residual)
     return out, gate, up, low_in, low_down
 
 
@@ -121,7 +134,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_gate, w_up, w_down, _, _, _, *adapters, ctx.scale, ctx.activation = inputs
+    x, w_gate, w_up, w_down, _, _, _, *adapters, _, ctx.scale, ctx.activation = inputs
     ctx.save_for_backward(x, w_gate, w_up, w_down, *adapters, *output[1:])
 
 
@@ -132,6 +145,7 @@ def _autograd(ctx, grad):
     need_a_gate, need_b_gate, need_a_up, need_b_up, need_a_down, need_b_down = ctx.needs_input_grad[
         7:13
     ]
+    grad_residual = grad if ctx.needs_input_grad[13] else None
     grad, rows, gate, up, low_in, low_down = (
         rows_of(t) for t in (grad, x, gate, up, low_in, low_down)
     )
@@ -168,6 +182,7 @@ def _autograd(ctx, grad):
         grad_b_up if need_b_up else None,
         grad_a_down,
         grad_b_down if need_b_down else None,
+        grad_residual,
         None,
         None,
     )
