@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, define_op
+from torchtune_fused.ops._library import LIBRARY, call, define_op
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 from torchtune_fused.ops.grouped_product import grouped_linear
 
@@ -71,8 +71,16 @@ def gated_linear_backward(
     Returns:
         tuple[Tensor, Tensor, Tensor]: the product, the gradient of gate and that of up.
     """
-    return torch.ops.torchtune_fused.gated_mlp_hidden_backward(
-        grad, w_down, gate, up, grad_low, a_down, activation, need_hidden
+    return call(
+        "gated_mlp_hidden_backward",
+        grad,
+        w_down,
+        gate,
+        up,
+        grad_low,
+        a_down,
+        activation,
+        need_hidden,
     )
 
 
@@ -116,7 +124,8 @@ def _backward_reference(grad, w_down, gate, up, grad_low, a_down, activation, ne
 @define_op(
     "gated_mlp_hidden_backward(Tensor grad, Tensor w_down, Tensor gate, Tensor up, "
     "Tensor? grad_low, Tensor? a_down, str activation, bool need_hidden) -> "
-    "(Tensor hidden, Tensor grad_gate, Tensor grad_up)"
+    "(Tensor hidden, Tensor grad_gate, Tensor grad_up)",
+    composite=True,
 )
 def _hidden_backward(grad, w_down, gate, up, grad_low, a_down, activation, need_hidden):
     arguments = (grad.contiguous(), w_down, gate, up, grad_low, a_down, activation, need_hidden)

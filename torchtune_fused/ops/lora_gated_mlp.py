@@ -75,7 +75,8 @@ def lora_gated_mlp(
     "lora_gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? bias_gate, "
     "Tensor? bias_up, Tensor? bias_down, Tensor a_gate, Tensor b_gate, Tensor a_up, Tensor b_up, "
     "Tensor a_down, Tensor b_down, float scale, str activation) -> "
-    "(Tensor out, Tensor gate, Tensor up, Tensor low_in, Tensor low_down)"
+    "(Tensor out, Tensor gate, Tensor up, Tensor low_in, Tensor low_down)",
+    composite=True,
 )
 def _forward(
     x,
