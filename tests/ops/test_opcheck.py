@@ -65,7 +65,7 @@ CALLS = {
     ],
     "gated_mlp inference": lambda: [*(randn(*s) for s in MLP), None, None, None, "relu", False],
     "gated_linear": lambda: [
-        *(randn(*s) for s in (*MLP[:3], (2, 5, 3), (7, 3), (7, 3))),
+        *(randn(*s) for s in (*MLP[:3], (2, 5, 5), (7, 3), (7, 2))),
         *("silu", True),
     ],
     "gated_linear inference": lambda: [
