@@ -105,15 +105,20 @@ def register_autograd(
     def setup(ctx, inputs, output):
         # No zeros in place of gradients that nobody computed: they may be as large as activations.
         # Only where another output has one is there something to compute.
-        ctx.set_materialize_grads(differentiable > 1)
+        ctx.set_materialize_grads(False)
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[differentiable:])
+            ctx.out_shapes = [out.shape for out in output[:differentiable]]
         setup_context(ctx, inputs, output)
 
     def formula(ctx, *grads):
         grads = grads[:differentiable]
-        if grads[0] is None:
-            return (None,) * len(ctx.needs_input_grad)
+        if any(grad is None for grad in grads):
+            known = next((grad for grad in grads if grad is not None), None)
+            if known is None:
+                return (None,) * len(ctx.needs_input_grad)
+            shaped = zip(grads, ctx.out_shapes, strict=True)
+            grads = [known.new_zeros(shape) if grad is None else grad for grad, shape in shaped]
         return backward(ctx, *grads)
 
     torch.library.register_autograd(
