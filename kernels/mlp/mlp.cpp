@@ -36,7 +36,7 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activa
   check_contiguous(gate, "gate");
   check_same(up, "up", gate);
   const LaunchContext context(gate);
-  Tensor hidden = torch::stable::empty_like(gate);
+  Tensor hidden = allocate(gate, gate.sizes());
   launch_gated_activation({.gate = gate.const_data_ptr(),
                            .up = up.const_data_ptr(),
                            .hidden = hidden.mutable_data_ptr(),
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   const std::vector<int64_t> saved = save ? shape : std::vector<int64_t>{0};
-  Tensor hidden = torch::stable::new_empty(x, shape);
-  Tensor gate = torch::stable::new_empty(x, saved), up = torch::stable::new_empty(x, saved);
+  Tensor hidden = allocate(x, shape);
+  Tensor gate = allocate(x, saved), up = allocate(x, saved);
   p.hidden = hidden.mutable_data_ptr();
   p.gate = save ? gate.mutable_data_ptr() : nullptr;
   p.up = save ? up.mutable_data_ptr() : nullptr;
@@ -146,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
     p.low_down = a_down->const_data_ptr();
     p.rank = static_cast<int>(rank);
   }
-  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
-                              : torch::stable::new_empty(gate, {0});
-  Tensor grad_gate = torch::stable::empty_like(gate), grad_up = torch::stable::empty_like(gate);
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
+                              : allocate(gate, {0});
+  Tensor grad_gate = allocate(gate, gate.sizes()), grad_up = allocate(gate, gate.sizes());
   p.hidden = need_hidden ? hidden.mutable_data_ptr() : nullptr;
   p.grad_gate = grad_gate.mutable_data_ptr();
   p.grad_up = grad_up.mutable_data_ptr();
@@ -167,9 +167,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
   check_same(up, "up", gate);
   check_same(grad, "grad", gate);
   const LaunchContext context(gate);
-  Tensor grad_gate = torch::stable::empty_like(gate);
-  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
-                              : torch::stable::new_empty(gate, {0});
+  Tensor grad_gate = allocate(gate, gate.sizes());
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
+                              : allocate(gate, {0});
   launch_gated_activation_backward({.grad = grad.const_data_ptr(),
                                     .gate = gate.const_data_ptr(),
                                     .up = up.const_data_ptr(),
