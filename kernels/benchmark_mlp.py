@@ -94,7 +94,7 @@ def products(size: str) -> None:
             grad, w_down, gate, up, None, None, "silu", True
         ),
     }
-    if not ops.gated_linear_takes(x, w_gate, w_up, None):
+    if not ops.gated_linear_takes(x, w_gate, w_up, []):
         fused = {}  # the kernels are Hopper's
     for name, time in microseconds(apart | fused).items():
         report(f"{size} {name}", time, "")

@@ -64,12 +64,12 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
 
 // mlp/mlp.cpp
 bool gated_linear_takes(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
-                        const std::optional<Tensor>& low);
+                        std::vector<Tensor> low);
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w_gate,
                                                 const Tensor& w_up,
                                                 const std::optional<Tensor>& low,
-                                                const std::optional<Tensor>& low_gate,
-                                                const std::optional<Tensor>& low_up,
+                                                const std::optional<Tensor>& b_gate,
+                                                const std::optional<Tensor>& b_up,
                                                 std::string activation, bool save);
 std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
     const Tensor& grad, const Tensor& w_down, const Tensor& gate, const Tensor& up,

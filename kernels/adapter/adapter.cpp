@@ -38,7 +38,7 @@ std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> gr
   const LaunchContext context(low);
   check_shape(low, "low", {-1, -1});
   const int64_t rows = low.size(0), ranks = low.size(1);
-  Tensor grad_low = torch::stable::empty_like(low);
+  Tensor grad_low = allocate(low, low.sizes());
   AdapterBackwardParams p = {.count = static_cast<int>(grads.size()),
                              .low = low.const_data_ptr(),
                              .grad_low = grad_low.mutable_data_ptr(),
@@ -53,7 +53,7 @@ std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> gr
     const int64_t n = b.size(0), rank = b.size(1);
     check_like(grad, "grads", low, {rows, n});
     check_like(b, "bs", low, {n, rank});
-    grad_bs.push_back(torch::stable::empty_like(b));
+    grad_bs.push_back(allocate(b, b.sizes()));
     p.layers[i] = {.grad = grad.const_data_ptr(),
                    .b = b.const_data_ptr(),
                    .grad_b = grad_bs[i].mutable_data_ptr(),
@@ -64,7 +64,7 @@ std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> gr
   }
   TTF_CHECK(start == ranks, "low must have the ", start, " columns of all adapters, got ", ranks);
   const int64_t size = plan_adapter_backward(p);
-  Tensor partial = torch::stable::new_empty(low, {size}, ScalarType::Float);
+  Tensor partial = allocate(low, {size}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   launch_adapter_backward(p, context.stream());
   return {grad_low, grad_bs};

@@ -159,6 +159,23 @@ __global__ void __launch_bounds__(kAdapterThreads, 2)
   }
 }
 
+// Adds `parts` pairs of partial sums, in their order; as many loads at a time as there may be.
+__device__ __forceinline__ void add_up(float& x, float& y, const float* from, int64_t next_part,
+                                       int to_second, int parts) {
+  constexpr int kAtOnce = 16;
+  for (int part = 0; part < parts; part += kAtOnce) {
+    float first[kAtOnce], second[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float* at = from + (part + i) * next_part;
+      first[i] = part + i < parts ? at[0] : 0.f;
+      second[i] = part + i < parts ? at[to_second] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x += first[i], y += second[i];
+  }
+}
+
 // Adds up the partial sums: a thread for two ranks of a token, or of a row of b.
 template <typename T>
 __global__ void __launch_bounds__(kAdapterThreads)
@@ -174,11 +191,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
       const float* from = p.partial + layer.low_partial +
                           int64_t(token / kChunk) * kAdapterRank * kChunk + r * kChunk +
                           token % kChunk;
-#pragma unroll 4
-      for (int part = 0; part < layer.column_blocks; ++part) {
-        x += from[0], y += from[kChunk];
-        from += int64_t(p.chunks) * kAdapterRank * kChunk;
-      }
+      add_up(x, y, from, int64_t(p.chunks) * kAdapterRank * kChunk, kChunk, layer.column_blocks);
       if (token < p.rows && r < layer.rank) {
         *reinterpret_cast<uint32_t*>(static_cast<T*>(p.grad_low) + int64_t(token) * p.ranks +
                                      layer.start + r) = pack<T>(x * p.scale, y * p.scale);
@@ -190,11 +203,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
       const int column = i / 128 * 16 + i % 16, r = i / 16 % 8 * 2;
       const float* from =
           p.partial + layer.b_partial + int64_t(column / 16) * 256 + r * 16 + column % 16;
-#pragma unroll 4
-      for (int part = 0; part < p.token_blocks; ++part) {
-        x += from[0], y += from[16];
-        from += int64_t(columns) * kAdapterRank;
-      }
+      add_up(x, y, from, int64_t(columns) * kAdapterRank, 16, p.token_blocks);
       if (column < layer.n && r < layer.rank) {
         *reinterpret_cast<uint32_t*>(static_cast<T*>(layer.grad_b) + int64_t(column) * layer.rank +
                                      r) = pack<T>(x, y);

@@ -60,9 +60,9 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   const LaunchContext context(q);
   // [b, s, h, d] in memory, so that the heads are merged without a copy.
   Tensor out = torch::stable::transpose(
-      torch::stable::new_empty(q, {batch, steps, heads, head_dim}), 1, 2);
+      allocate(q, {batch, steps, heads, head_dim}), 1, 2);
   if (q.numel() == 0) return out;
-  const Tensor dense_mask = mask ? mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask) : q;
+  const Tensor dense_mask = mask ? mask->stride(3) == 1 ? *mask : dense(*mask) : q;
 
   p.q = q.const_data_ptr();
   p.k = k_cache.const_data_ptr();
@@ -92,7 +92,7 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
     return out;
   }
   const int64_t floats = plan_decode_attention(p);
-  const Tensor workspace = torch::stable::new_empty(q, {floats}, ScalarType::Float);
+  const Tensor workspace = allocate(q, {floats}, ScalarType::Float);
   if (floats) use_workspace(p, static_cast<float*>(workspace.mutable_data_ptr()));
   launch_decode_attention(p, context.stream());
   return out;

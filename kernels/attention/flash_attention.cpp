@@ -28,13 +28,13 @@ void copy_strides(const Tensor& t, int64_t (&strides)[3]) {
 Tensor with_aligned_rows(const Tensor& t) {
   bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
   for (int i = 0; i < 3; ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) % 8 == 0);
-  return aligned ? t : torch::stable::clone(torch::stable::contiguous(t));
+  return aligned ? t : torch::stable::clone(dense(t));
 }
 
 // [b, h, s, d], in memory [b, s, h, d], so that heads are merged without a copy.
 Tensor new_heads(const Tensor& like) {
   return torch::stable::transpose(
-      torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1,
+      allocate(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1,
       2);
 }
 
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
   const Tensor q = with_aligned_rows(q_), k = with_aligned_rows(k_), v = with_aligned_rows(v_);
   const Tensor out = new_heads(q);
   const Tensor lse =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+      allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   FlashAttentionParams p = flash_params(q, k, v, out, lse, mask, scale, softcap);
   p.length = length;
   if (q.numel()) launch_flash_forward(p, context.stream());
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const LaunchContext context(q_);
   const Tensor q = with_aligned_rows(q_), k = with_aligned_rows(k_), v = with_aligned_rows(v_);
   const Tensor grad = with_aligned_rows(grad_), out = with_aligned_rows(out_);
-  const Tensor lse = torch::stable::contiguous(lse_);
+  const Tensor lse = dense(lse_);
   const Tensor grad_q = new_heads(q), grad_k = new_heads(k), grad_v = new_heads(v);
 
   FlashAttentionBackwardParams p = {};
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   p.deterministic = deterministic;
   if (q.numel()) {
     const int64_t bytes = flash_backward_workspace(p);
-    const Tensor workspace = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+    const Tensor workspace = allocate(q, {bytes}, ScalarType::Byte);
     launch_flash_backward(p, workspace.mutable_data_ptr(), context.stream());
   }
   return {grad_q, grad_k, grad_v};

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask) {
             shape_string(mask));
   check_dtype(mask, "mask", ScalarType::Bool);
   const LaunchContext context(mask);
-  const Tensor rows = mask.stride(3) == 1 ? mask : torch::stable::contiguous(mask);
+  const Tensor rows = mask.stride(3) == 1 ? mask : dense(mask);
   const int64_t batch = mask.size(0), heads = mask.size(1);
   const int64_t queries = mask.size(2), keys = mask.size(3);
   const int64_t row_tiles = (queries + kMaskTile - 1) / kMaskTile;
@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask) {
   TTF_CHECK(queries < 1 << 30 && keys < 1 << 30, "mask is too large: ", shape_string(mask));
 
   Tensor kinds =
-      torch::stable::new_empty(mask, {batch, heads, row_tiles, column_tiles}, ScalarType::Byte);
+      allocate(mask, {batch, heads, row_tiles, column_tiles}, ScalarType::Byte);
   Tensor bits =
-      torch::stable::new_empty(mask, {batch, heads, queries, 2 * column_tiles}, ScalarType::Int);
+      allocate(mask, {batch, heads, queries, 2 * column_tiles}, ScalarType::Int);
   MaskTilesParams p = {};
   p.mask = static_cast<const unsigned char*>(rows.const_data_ptr());
   for (int i = 0; i < 3; ++i) p.mask_stride[i] = rows.stride(i);

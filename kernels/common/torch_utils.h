@@ -10,8 +10,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "common/cuda_utils.h"
 
@@ -63,15 +66,17 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) 
 inline void check_shape(const Tensor& t, const char* name,
                         std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream text;
-  text << "[";
   int64_t i = 0;
   for (int64_t size : expected) {
     same = same && (size == -1 || t.size(i) == size);
-    text << (i++ ? ", " : "") << (size == -1 ? "*" : std::to_string(size));
+    ++i;
   }
-  text << "]";
-  TTF_CHECK(same, name, " must have shape ", text.str(), ", got ", shape_string(t));
+  if (same) return;
+  std::string text;
+  for (int64_t size : expected) {
+    text += (text.empty() ? "" : ", ") + (size == -1 ? std::string("*") : std::to_string(size));
+  }
+  raise(name, " must have shape [", text, "], got ", shape_string(t));
 }
 
 inline void check_contiguous(const Tensor& t, const char* name) {
@@ -85,6 +90,33 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& x,
   check_dtype(t, name, x.scalar_type());
   check_shape(t, name, shape);
   check_contiguous(t, name);
+}
+
+// A contiguous tensor of its own on the device of `like`, and of its dtype unless another is given.
+// Like `dense`, not through the dispatcher, on which a small op would spend most of its time.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+    strides[i] = stride;
+  }
+  int32_t device_type, type;
+  TTF_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == TORCH_SUCCESS &&
+                aoti_torch_get_dtype(like.get(), &type) == TORCH_SUCCESS,
+            "torch does not know the tensor's device and dtype");
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle handle;
+  const auto code =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               type, device_type, like.get_device_index(), &handle);
+  TTF_CHECK(code == TORCH_SUCCESS, "torch has no memory for another tensor");
+  return Tensor(handle);
+}
+
+// The tensor itself if it is contiguous, else a copy.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // The element type, which must be a floating-point one.

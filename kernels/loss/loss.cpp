@@ -45,7 +45,7 @@ Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<
   }
 
   const LaunchContext context(logits);
-  Tensor losses = torch::stable::new_empty(logits, {rows}, accumulator_of(dtype));
+  Tensor losses = allocate(logits, {rows}, accumulator_of(dtype));
   launch_cross_entropy({.logits = logits.mutable_data_ptr(),
                         .targets = static_cast<const int64_t*>(targets.const_data_ptr()),
                         .grad = grad ? grad->const_data_ptr() : nullptr,

@@ -21,7 +21,7 @@ struct GatedLinearMaps {
 
 struct GatedLinearShape {
   int rows, n, k;
-  int rank;  // of the adapters; 0: none
+  int rank, rank_gate;  // of both adapters, and of gate's, which comes first; 0: none
   Activation activation;
   bool save;
 };
@@ -54,6 +54,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     if (threadIdx.x == 0) {
       const CUtensorMap* weight = rank == 0 ? &maps.gate_weight : &maps.up_weight;
       const CUtensorMap* low_weight = rank == 0 ? &maps.low_gate : &maps.low_up;
+      // Outside of a matrix are zeros: the columns of low that are the other adapter's.
+      const int low_start = rank == 0 ? 0 : shape.rank_gate;
       for (int tile = cluster; tile < order.size(); tile += clusters) {
         order.at(tile, row_pair, column);
         for (int step = 0; step < steps; ++step, ring.advance()) {
@@ -64,7 +66,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
           load_tile(ring.first(), wide ? &maps.x : &maps.low, ring.full(), depth,
                     (2 * row_pair + rank) * kRows);
           load_tile_multicast(ring.second() + rank * kSecondBytes / 2, wide ? weight : low_weight,
-                              ring.full(), depth, column * kGatedWidth, 0b11);
+                              ring.full(), wide ? depth : depth - low_start,
+                              column * kGatedWidth, 0b11);
         }
       }
     }

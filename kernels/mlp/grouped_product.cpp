@@ -68,7 +68,7 @@ std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tens
   int term = 0;
   for (int i = 0; i < p.sums; ++i) {
     const int64_t n = columns_of(seconds[term], across);
-    outs.push_back(torch::stable::new_empty(x, {rows, n}));
+    outs.push_back(allocate(x, {rows, n}));
     p.outs[i] = outs[i].mutable_data_ptr();
     p.n[i] = static_cast<int>(n);
     p.term_ends[i] = term + static_cast<int>(terms[i]);

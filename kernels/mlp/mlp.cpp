@@ -1,6 +1,7 @@
 // The gated MLP: checks on the tensors, and the launches.
 #include "mlp/mlp.h"
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -35,7 +36,7 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activa
   check_contiguous(gate, "gate");
   check_same(up, "up", gate);
   const LaunchContext context(gate);
-  Tensor hidden = torch::stable::empty_like(gate);
+  Tensor hidden = allocate(gate, gate.sizes());
   launch_gated_activation({.gate = gate.const_data_ptr(),
                            .up = up.const_data_ptr(),
                            .hidden = hidden.mutable_data_ptr(),
@@ -47,25 +48,31 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activa
 }
 
 bool gated_linear_takes(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
-                        const std::optional<Tensor>& low) {
+                        std::vector<Tensor> low) {
   const LaunchContext context(x);
   const ScalarType dtype = x.scalar_type();
   return runs_sm90_code() && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16) &&
          x.numel() > 0 && x.numel() >= kMinRowsOfGatedLinear * x.size(x.dim() - 1) &&
-         w_gate.size(0) > 0 && w_gate.size(0) % 8 == 0 &&
-         rows_start_at_16_bytes(x) && rows_start_at_16_bytes(w_gate) &&
-         rows_start_at_16_bytes(w_up) && (!low || rows_start_at_16_bytes(*low));
+         w_gate.size(0) > 0 && w_gate.size(0) % 8 == 0 && rows_start_at_16_bytes(x) &&
+         rows_start_at_16_bytes(w_gate) && rows_start_at_16_bytes(w_up) &&
+         std::all_of(low.begin(), low.end(), rows_start_at_16_bytes);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w_gate,
                                                 const Tensor& w_up,
                                                 const std::optional<Tensor>& low,
-                                                const std::optional<Tensor>& low_gate,
-                                                const std::optional<Tensor>& low_up,
+                                                const std::optional<Tensor>& b_gate,
+                                                const std::optional<Tensor>& b_up,
                                                 std::string activation, bool save) {
 #ifdef TTF_HAS_SM90
   const LaunchContext context(x);
-  TTF_CHECK(gated_linear_takes(x, w_gate, w_up, low), "gated_linear has no kernel for this case");
+  std::vector<Tensor> adapters;
+  if (low) {
+    TTF_CHECK(b_gate && b_up, "low must come with b_gate and b_up");
+    adapters = {*low, *b_gate, *b_up};
+  }
+  TTF_CHECK(gated_linear_takes(x, w_gate, w_up, adapters),
+            "gated_linear has no kernel for this case");
   const int64_t n = w_gate.size(0), k = x.size(x.dim() - 1), rows = x.numel() / k;
   check_like(w_gate, "w_gate", x, {n, k});
   check_like(w_up, "w_up", x, {n, k});
@@ -78,22 +85,22 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w
                          .activation = activation_of(activation),
                          .dtype = half_dtype(x, "x")};
   if (low) {
-    TTF_CHECK(low_gate && low_up, "low must come with low_gate and low_up");
-    const int64_t rank = low->size(low->dim() - 1);
+    const int64_t rank = low->size(low->dim() - 1), rank_gate = b_gate->size(1);
     TTF_CHECK(low->numel() == rows * rank, "low must have the ", rows, " rows of x, got ",
               shape_string(*low));
-    check_like(*low_gate, "low_gate", x, {n, rank});
-    check_like(*low_up, "low_up", x, {n, rank});
+    check_like(*b_gate, "b_gate", x, {n, rank_gate});
+    check_like(*b_up, "b_up", x, {n, rank - rank_gate});
     p.low = low->const_data_ptr();
-    p.low_gate = low_gate->const_data_ptr();
-    p.low_up = low_up->const_data_ptr();
+    p.low_gate = b_gate->const_data_ptr();
+    p.low_up = b_up->const_data_ptr();
     p.rank = static_cast<int>(rank);
+    p.rank_gate = static_cast<int>(rank_gate);
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   const std::vector<int64_t> saved = save ? shape : std::vector<int64_t>{0};
-  Tensor hidden = torch::stable::new_empty(x, shape);
-  Tensor gate = torch::stable::new_empty(x, saved), up = torch::stable::new_empty(x, saved);
+  Tensor hidden = allocate(x, shape);
+  Tensor gate = allocate(x, saved), up = allocate(x, saved);
   p.hidden = hidden.mutable_data_ptr();
   p.gate = save ? gate.mutable_data_ptr() : nullptr;
   p.up = save ? up.mutable_data_ptr() : nullptr;
@@ -110,7 +117,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
     std::string activation, bool need_hidden) {
 #ifdef TTF_HAS_SM90
   const LaunchContext context(gate);
-  TTF_CHECK(gated_linear_takes(gate, w_down, grad, grad_low),
+  std::vector<Tensor> adapter;
+  if (grad_low) {
+    TTF_CHECK(a_down, "grad_low must come with a_down");
+    adapter = {*grad_low, *a_down};
+  }
+  TTF_CHECK(gated_linear_takes(gate, w_down, grad, adapter),
             "gated_linear_backward has no kernel for this case");
   check_shape(gate, "gate", {-1, -1});
   const int64_t rows = gate.size(0), n = gate.size(1), k = w_down.size(0);
@@ -127,7 +139,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
                                  .activation = activation_of(activation),
                                  .dtype = half_dtype(gate, "gate")};
   if (grad_low) {
-    TTF_CHECK(a_down, "grad_low must come with a_down");
     const int64_t rank = a_down->size(0);
     check_like(*grad_low, "grad_low", gate, {rows, rank});
     check_like(*a_down, "a_down", gate, {rank, n});
@@ -135,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
     p.low_down = a_down->const_data_ptr();
     p.rank = static_cast<int>(rank);
   }
-  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
-                              : torch::stable::new_empty(gate, {0});
-  Tensor grad_gate = torch::stable::empty_like(gate), grad_up = torch::stable::empty_like(gate);
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
+                              : allocate(gate, {0});
+  Tensor grad_gate = allocate(gate, gate.sizes()), grad_up = allocate(gate, gate.sizes());
   p.hidden = need_hidden ? hidden.mutable_data_ptr() : nullptr;
   p.grad_gate = grad_gate.mutable_data_ptr();
   p.grad_up = grad_up.mutable_data_ptr();
@@ -156,9 +167,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
   check_same(up, "up", gate);
   check_same(grad, "grad", gate);
   const LaunchContext context(gate);
-  Tensor grad_gate = torch::stable::empty_like(gate);
-  Tensor hidden = need_hidden ? torch::stable::empty_like(gate)
-                              : torch::stable::new_empty(gate, {0});
+  Tensor grad_gate = allocate(gate, gate.sizes());
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
+                              : allocate(gate, {0});
   launch_gated_activation_backward({.grad = grad.const_data_ptr(),
                                     .gate = gate.const_data_ptr(),
                                     .up = up.const_data_ptr(),

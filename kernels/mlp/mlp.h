@@ -31,19 +31,20 @@ struct GatedActivationBackwardParams {
   DType dtype;
 };
 
-// hidden = activation(x gate_weight^T + low low_gate^T) * (x up_weight^T + low low_up^T): the
-// projections of a gated MLP, with or without low-rank adapters.
+// hidden = activation(x gate_weight^T + low[:, :rank_gate] low_gate^T) *
+// (x up_weight^T + low[:, rank_gate:] low_up^T): the projections of a gated MLP, with or without
+// low-rank adapters.
 struct GatedLinearParams {
   const void* x;            // [rows, k]
   const void* gate_weight;  // [n, k]
   const void* up_weight;    // [n, k]
   const void* low;          // [rows, rank], or null: no adapters
-  const void* low_gate;     // [n, rank]
-  const void* low_up;       // [n, rank]
+  const void* low_gate;     // [n, rank_gate]
+  const void* low_up;       // [n, rank - rank_gate]
   void* hidden;             // [rows, n]
   void* gate;               // [rows, n]: the projections before the activation
   void* up;                 // [rows, n]; both null: not wanted
-  int rows, n, k, rank;
+  int rows, n, k, rank, rank_gate;
   Activation activation;
   DType dtype;
 };

@@ -42,13 +42,13 @@ std::tuple<Tensor, Tensor, Tensor> normalise(const Tensor& x, const std::optiona
   if (residual) check_as_x(*residual, "residual", x);
 
   const LaunchContext context(x);
-  const Tensor dense_x = torch::stable::contiguous(x);
-  const Tensor dense_residual = torch::stable::contiguous(residual.value_or(x));
-  const Tensor dense_weight = torch::stable::contiguous(weight);
+  const Tensor dense_x = dense(x);
+  const Tensor dense_residual = dense(residual.value_or(x));
+  const Tensor dense_weight = dense(weight);
   const std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end() - 1);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor sum = residual ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
-  Tensor rstd = torch::stable::new_empty(x, rows, statistics_type(dtype));
+  Tensor y = allocate(x, x.sizes());
+  Tensor sum = residual ? allocate(x, x.sizes()) : allocate(x, {0});
+  Tensor rstd = allocate(x, rows, statistics_type(dtype));
   launch_rms_norm({.x = dense_x.const_data_ptr(),
                    .residual = residual ? dense_residual.const_data_ptr() : nullptr,
                    .weight = dense_weight.const_data_ptr(),
@@ -95,11 +95,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
             shape_string(x), ", got ", shape_string(rstd));
 
   const LaunchContext context(x);
-  const Tensor dense_grad = torch::stable::contiguous(grad);
-  const Tensor dense_skip = torch::stable::contiguous(grad_skip.value_or(grad));
-  const Tensor dense_x = torch::stable::contiguous(x);
-  const Tensor dense_weight = torch::stable::contiguous(weight);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  const Tensor dense_grad = dense(grad);
+  const Tensor dense_skip = dense(grad_skip.value_or(grad));
+  const Tensor dense_x = dense(x);
+  const Tensor dense_weight = dense(weight);
+  Tensor grad_x = allocate(x, x.sizes());
   RmsNormBackwardParams params = {.grad = dense_grad.const_data_ptr(),
                                   .x = dense_x.const_data_ptr(),
                                   .weight = dense_weight.const_data_ptr(),
@@ -115,12 +115,12 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   const int blocks = rms_norm_backward_blocks(params);
   if (!need_weight) {
     launch_rms_norm_backward(params, blocks, context.stream());
-    return {grad_x, torch::stable::new_empty(weight, {0})};
+    return {grad_x, allocate(weight, {0})};
   }
-  Tensor partial = torch::stable::new_empty(rstd, {blocks, dim});
+  Tensor partial = allocate(rstd, {blocks, dim});
   params.partial = partial.mutable_data_ptr();
   launch_rms_norm_backward(params, blocks, context.stream());
-  Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  Tensor grad_weight = allocate(weight, weight.sizes());
   launch_column_sum({.partial = params.partial,
                      .out = grad_weight.mutable_data_ptr(),
                      .rows = blocks,

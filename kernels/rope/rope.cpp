@@ -13,7 +13,7 @@ namespace torchtune_fused {
 namespace {
 
 // `x` [b, s, heads, d] as the kernels read it: with a dense last dimension.
-Tensor dense_heads(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+Tensor dense_heads(const Tensor& x) { return x.stride(3) == 1 ? x : dense(x); }
 
 void copy_strides(const Tensor& x, int64_t (&strides)[3]) {
   for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
@@ -104,7 +104,7 @@ void add_grad(RopeHeads& heads, const Tensor& grad, const char* name, const Tens
 }
 
 std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+  return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
 }
 
 }  // namespace
@@ -116,7 +116,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
   const std::optional<Tensor> positions = contiguous_or_none(input_pos);
   RopeParams p = params_of(heads, cos, sin, positions, interleaved);
   p.inverse = inverse;
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = allocate(x, x.sizes());
   p.of[0] = heads_of(heads, "x", heads, out);
   plan_rope(p);
   launch_rope(p, context.stream());
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
   p.inverse = inverse;
   p.norm_before_rope = norm_before_rope;
   p.eps = eps;
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  Tensor q_out = allocate(q, q.sizes());
+  Tensor k_out = allocate(k, k.sizes());
   p.of[0] = heads_of(dense_q, "q", dense_q, q_out);
   p.of[1] = heads_of(dense_k, "k", dense_q, k_out);
   if (q_norm) {
@@ -163,7 +163,7 @@ Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
   RopeParams p = params_of(dense_q, cos, sin, positions, interleaved);
   p.norm_before_rope = norm_before_rope;
   p.eps = eps;
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor q_out = allocate(q, q.sizes());
   p.of[0] = heads_of(dense_q, "q", dense_q, q_out);
   p.of[1] = cached_heads_of(dense_k, "k", dense_q, k_cache, "k_cache");
   p.of[2] = cached_heads_of(dense_v, "v", dense_q, v_cache, "v_cache");
@@ -195,8 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
   RopeParams p = params_of(dense_q, cos, sin, positions, interleaved);
   p.norm_before_rope = norm_before_rope;
   p.eps = eps;
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  Tensor q_out = allocate(q, q.sizes());
+  Tensor k_out = allocate(k, k.sizes());
   p.of[0] = heads_of(dense_q, "q", dense_q, q_out);
   p.of[1] = heads_of(dense_k, "k", dense_q, k_out);
   add_norm(p.of[0], q_norm, "q_norm", q);
@@ -207,14 +207,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
 
   const bool fp64 = p.dtype == DType::kFloat64;
   Tensor partial =
-      torch::stable::new_empty(q, {p.of[0].blocks + p.of[1].blocks, int64_t{p.head_dim}},
+      allocate(q, {p.of[0].blocks + p.of[1].blocks, int64_t{p.head_dim}},
                                fp64 ? ScalarType::Double : ScalarType::Float);
   p.of[0].partial = partial.mutable_data_ptr();
   p.of[1].partial =
       static_cast<char*>(p.of[0].partial) + int64_t{p.of[0].blocks} * p.head_dim * (fp64 ? 8 : 4);
   launch_rope_backward(p, context.stream());
-  Tensor grad_q_norm = torch::stable::new_empty(q_norm, q_norm.sizes());
-  Tensor grad_k_norm = torch::stable::new_empty(k_norm, k_norm.sizes());
+  Tensor grad_q_norm = allocate(q_norm, q_norm.sizes());
+  Tensor grad_k_norm = allocate(k_norm, k_norm.sizes());
   const RopeHeads* part = p.of;
   for (Tensor* grad_norm : {&grad_q_norm, &grad_k_norm}) {
     launch_column_sum({.partial = part->partial,

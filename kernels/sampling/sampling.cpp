@@ -30,13 +30,13 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
   const bool has_top_k = draws && top_k && *top_k < vocab, has_top_p = draws && top_p && *top_p < 1;
   const bool filters = has_top_k || has_top_p;
   const int64_t slices = (vocab + kSliceTokens - 1) / kSliceTokens;
-  Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
+  Tensor tokens = allocate(logits, {rows}, ScalarType::Long);
   if (rows == 0) return tokens;
 
   // One workspace for all, in words of 8 bytes; what wants 16 bytes comes first.
   const int64_t candidate_words = filters ? rows * vocab * (sizeof(Candidate) / 8) : 0;
   const int64_t state_words = filters ? rows * (sizeof(RowState) / 8) : 0;
-  Tensor workspace = torch::stable::new_empty(
+  Tensor workspace = allocate(
       logits, {candidate_words + state_words + 2 * rows * slices}, ScalarType::Long);
   auto* words = static_cast<uint64_t*>(workspace.mutable_data_ptr());
   uint64_t* states = words + candidate_words;

@@ -75,7 +75,7 @@ CALLS = {
         *(None, None, None, None, "relu", False),
     ],
     "gated_linear": lambda: [
-        *(randn(*s) for s in (*MLP[:3], (2, 5, 3), (7, 3), (7, 3))),
+        *(randn(*s) for s in (*MLP[:3], (2, 5, 5), (7, 3), (7, 2))),
         *("silu", True),
     ],
     "gated_linear inference": lambda: [

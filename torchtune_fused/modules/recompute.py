@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-
-from torchtune_fused.modules._plain import is_plain_tensor
 
 
 def recompute(
@@ -45,11 +42,6 @@ def _others_decide() -> bool:
     )
 
 
-class _Saved(NamedTuple):
-    tensor: Tensor
-    version: int
-
-
 class _Recipe:
     """The hooks: they put the shape of ``y``, or of a view of all of it, in its place."""
 
@@ -61,16 +53,16 @@ class _Recipe:
         self._waiting = 0  # and have not read it in this backward pass
         self._y: Tensor | None = None
 
-    def pack(self, x: Tensor) -> _Saved | torch.Size:
+    def pack(self, x: Tensor) -> torch.Size | tuple[Tensor, int]:
         if self._is_y(x):
             self._readers += 1
             return x.shape
-        # Detached, since a node that held its own output would never be freed.
-        return _Saved(x.detach(), x._version)
+        # A node that held its own output, with the way back to itself, would never be freed.
+        return x if x.is_leaf else x.detach(), x._version
 
-    def unpack(self, packed: _Saved | torch.Size) -> Tensor:
-        if isinstance(packed, _Saved):
-            return _unchanged(packed)
+    def unpack(self, packed: torch.Size | tuple[Tensor, int]) -> Tensor:
+        if type(packed) is tuple:
+            return _unchanged(*packed)
         if self._y is None:
             with torch.no_grad():
                 self._y = self._function()
@@ -82,21 +74,22 @@ class _Recipe:
         return y
 
     def _is_y(self, x: Tensor) -> bool:
+        # Most are parameters: what tells them apart comes first.
         return (
-            is_plain_tensor(x)
+            type(x) is Tensor
+            and x.data_ptr() == self._address
             and x.numel() == self._numel
             and x.dtype == self._dtype
             and x.is_contiguous()
-            and x.data_ptr() == self._address
         )
 
 
-def _unchanged(saved: _Saved) -> Tensor:
+def _unchanged(x: Tensor, version: int) -> Tensor:
     """What was saved, after the check that autograd leaves to the hooks."""
-    if saved.tensor._version != saved.version:
+    if x._version != version:
         raise RuntimeError(
             "a tensor of shape "
-            f"{list(saved.tensor.shape)} that the backward pass needs was modified in place: it is "
-            f"at version {saved.tensor._version}, not {saved.version}; modify a copy of it"
+            f"{list(x.shape)} that the backward pass needs was modified in place: "
+            f"it is at version {x._version}, not {version}; modify a copy of it"
         )
-    return saved.tensor
+    return x

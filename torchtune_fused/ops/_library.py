@@ -6,35 +6,64 @@ its own: the CPU where ATen has a better one, CUDA when the compiled library is 
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from torchtune_fused.build import load_kernels
 
 LIBRARY = torch.library.Library("torchtune_fused", "DEF")
 
-# By name: the op, and the function that is its kernel on the CPU.
-_ops: dict[str, tuple[torch._ops.OpOverload, Callable]] = {}
+
+@dataclass
+class _Op:
+    """An op, as the dispatcher knows it, and the shortest ways past the dispatcher."""
+
+    overload: torch._ops.OpOverload
+    on_cpu: Callable
+    everywhere: Callable | None  # the same function on all devices, if the op is made of others
+    function: type[Function] | None = None  # with its gradient, if it has one
+
+    def run(self, *args):
+        """Computes the op for tensors that neither autograd nor a tracer watches."""
+        if self.everywhere is not None:
+            return self.everywhere(*args)
+        if args[0].is_cpu:
+            return self.on_cpu(*args)
+        if self.function is None:
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
 
-def define_op(schema: str, cpu: Callable | None = None) -> Callable[[Callable], Callable]:
+_ops: dict[str, _Op] = {}
+
+
+def define_op(
+    schema: str, cpu: Callable | None = None, *, composite: bool = False
+) -> Callable[[Callable], Callable]:
     """Declares an op by its schema, with the decorated function as its reference.
 
     Args:
         schema (str): the schema without the namespace, e.g. ``"relu(Tensor x) -> Tensor"``.
         cpu (Callable | None): what runs on the CPU. Default: the reference.
+        composite (bool): whether the op is made of others, so that the reference is all there is on
+            any device.
 
     Returns:
         Callable[[Callable], Callable]: decorator which gives the function back unchanged.
     """
 
     def register(reference: Callable) -> Callable:
-        name = schema.partition("(")[0]
+        name, on_cpu = schema.partition("(")[0], cpu or reference
+        on_any = _loading_kernels(reference)
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, cpu or reference, "CPU")
-        LIBRARY.impl(name, _loading_kernels(reference), "CompositeExplicitAutograd")
-        _ops[name] = getattr(torch.ops.torchtune_fused, name).default, cpu or reference
+        LIBRARY.impl(name, on_cpu, "CPU")
+        LIBRARY.impl(name, on_any, "CompositeExplicitAutograd")
+        overload = getattr(torch.ops.torchtune_fused, name).default
+        _ops[name] = _Op(overload, on_cpu, on_any if composite else None)
         return reference
 
     return register
@@ -46,11 +75,14 @@ def _loading_kernels(reference: Callable) -> Callable:
     That one call still runs on the reference; the kernels, once loaded, take its place. Not sooner:
     asking for the GPU initialises CUDA, which a process that is yet to fork must not do.
     """
+    loaded = False
 
     @functools.wraps(reference)
     def run(*args):
-        if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+        nonlocal loaded
+        if not loaded and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
             load_kernels()
+            loaded = True
         return reference(*args)
 
     return run
@@ -73,32 +105,52 @@ def register_autograd(
     def setup(ctx, inputs, output):
         # No zeros in place of gradients that nobody computed: they may be as large as activations.
         # Only where another output has one is there something to compute.
-        ctx.set_materialize_grads(differentiable > 1)
+        ctx.set_materialize_grads(False)
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[differentiable:])
+            ctx.out_shapes = [out.shape for out in output[:differentiable]]
         setup_context(ctx, inputs, output)
 
     def formula(ctx, *grads):
         grads = grads[:differentiable]
-        if grads[0] is None:
-            return (None,) * len(ctx.needs_input_grad)
+        if any(grad is None for grad in grads):
+            known = next((grad for grad in grads if grad is not None), None)
+            if known is None:
+                return (None,) * len(ctx.needs_input_grad)
+            shaped = zip(grads, ctx.out_shapes, strict=True)
+            grads = [known.new_zeros(shape) if grad is None else grad for grad, shape in shaped]
         return backward(ctx, *grads)
 
     torch.library.register_autograd(
         f"torchtune_fused::{name}", formula, setup_context=setup, lib=LIBRARY
     )
+    op = _ops[name]
+
+    def forward(ctx, *args):
+        output = op.run(*args)
+        setup(ctx, args, output)
+        return output
+
+    # By its name a profiler knows it, forward and backward.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    op.function = type(f"torchtune_fused::{name}", (Function,), methods)
 
 
 def call(name: str, *args):
-    """Runs an op; on the CPU straight, when neither autograd nor a tracer has to see it.
+    """Runs an op, past the dispatcher when no tracer has to see it.
 
-    The way from Python through the dispatcher back to Python costs as much as the op itself for the
-    few tokens of a decoding step.
+    The way from Python through the dispatcher back to Python and, once more, to autograd costs as
+    much as the ops themselves for the few tokens of a decoding step, and more than a layer's
+    kernels take to launch in training.
     """
-    op, on_cpu = _ops[name]
-    if args[0].is_cpu and not torch.is_grad_enabled() and not is_traced():
-        return on_cpu(*args)
-    return op(*args)
+    op = _ops[name]
+    if is_traced():
+        return op.overload(*args)
+    if not torch.is_grad_enabled():
+        return op.run(*args)
+    if op.function is None:
+        return op.overload(*args)
+    return op.function.apply(*args)
 
 
 def is_traced() -> bool:

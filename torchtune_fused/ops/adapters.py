@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, check_tensor, define_op
+from torchtune_fused.ops._library import LIBRARY, call, check_tensor, define_op
 from torchtune_fused.ops.grouped_product import rows_of
 
 
@@ -85,13 +85,14 @@ def adapter_backward(
         tuple[Tensor, list[Tensor]]: ``scale * grad @ b`` of each side by side, ``[rows, ranks]``:
         the gradient of ``input @ aᵀ``; and the gradient of each second matrix.
     """
-    return torch.ops.torchtune_fused.adapter_backward(list(grads), list(bs), low, scale)
+    return call("adapter_backward", list(grads), list(bs), low, scale)
 
 
 # What autograd calls: the choice between the two is made below the tracers.
 @define_op(
     "adapter_backward(Tensor[] grads, Tensor[] bs, Tensor low, float scale) -> "
-    "(Tensor grad_low, Tensor[] grad_bs)"
+    "(Tensor grad_low, Tensor[] grad_bs)",
+    composite=True,
 )
 def _backward(grads, bs, low, scale):
     ops = torch.ops.torchtune_fused

@@ -95,16 +95,13 @@ class _NormOfStream(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, eps, unit_offset):
-        y, rstd = torch.ops.torchtune_fused.rms_norm(x, weight, eps, unit_offset)
-        return y, x.view_as(x), rstd
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.unit_offset = inputs
+    def forward(ctx, x, weight, eps, unit_offset):
+        y, rstd = call("rms_norm", x, weight, eps, unit_offset)
+        ctx.unit_offset = unit_offset
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(x, weight, output[2])
+        ctx.mark_non_differentiable(rstd)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x), rstd
 
     @staticmethod
     def backward(ctx, grad, grad_skip, _):

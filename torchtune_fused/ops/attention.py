@@ -289,7 +289,8 @@ def _autograd(ctx, grad):
         if cudnn_is_faster(q, k, v, ctx.causal, others, deterministic):
             grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, ctx.causal, ctx.scale)
             return *grads, *[None] * 7
-    grads = torch.ops.torchtune_fused.attention_backward(
+    grads = call(
+        "attention_backward",
         *(unit_stride(grad), q, k, v, out, lse, *hidden),
         *(ctx.causal, ctx.scale, ctx.window, ctx.softcap, deterministic),
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, define_op
+from torchtune_fused.ops._library import LIBRARY, call, define_op
 
 _aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` of two contiguous tensors of one shape; no gradients."""
     if gate.is_cpu:  # straight: only ops call this, and one op within another is seen by nobody
         return _forward(gate, up, activation)
-    return torch.ops.torchtune_fused.gated_activation(gate, up, activation)
+    return call("gated_activation", gate, up, activation)
 
 
 def gated_activation_backward(
@@ -53,9 +53,7 @@ def gated_activation_backward(
     Returns:
         tuple[Tensor, Tensor, Tensor]: hidden, the gradient of gate, that of up.
     """
-    hidden, grad_gate = torch.ops.torchtune_fused.gated_activation_backward(
-        grad, gate, up, activation, need_hidden
-    )
+    hidden, grad_gate = call("gated_activation_backward", grad, gate, up, activation, need_hidden)
     return hidden, grad_gate, grad
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, define_op
+from torchtune_fused.ops._library import LIBRARY, call, define_op
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 from torchtune_fused.ops.grouped_product import grouped_linear
 
@@ -20,8 +20,8 @@ def gated_linear(
     activation: str,
     save: bool,
     low: Tensor | None = None,
-    low_gate: Tensor | None = None,
-    low_up: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The activation of one projection times another: in one kernel, where there is one.
 
@@ -31,9 +31,10 @@ def gated_linear(
         w_up (Tensor): weight of the other, ``[n, k]``.
         activation (str): its name.
         save (bool): whether the projections themselves are wanted too.
-        low (Tensor | None): input of adapters, ``[..., rank]``, contiguous.
-        low_gate (Tensor | None): ``[n, rank]``; ``low @ low_gateᵀ`` is added to the first.
-        low_up (Tensor | None): ``[n, rank]``; the same for the other.
+        low (Tensor | None): inputs of both adapters side by side, ``[..., ranks]``, contiguous.
+        b_gate (Tensor | None): ``[n, rank]``; ``low @ b_gateᵀ``, of the first columns of low, is
+            added to the projection that is activated.
+        b_up (Tensor | None): the same of the other columns for the other.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: the product and the two projections, ``[..., n]``; without
@@ -41,9 +42,9 @@ def gated_linear(
     """
     if x.is_cuda:
         ops = torch.ops.torchtune_fused
-        if ops.gated_linear_takes(x, w_gate, w_up, low):
-            return ops.gated_linear(x, w_gate, w_up, low, low_gate, low_up, activation, save)
-    return _reference(x, w_gate, w_up, low, low_gate, low_up, activation, save)
+        if ops.gated_linear_takes(x, w_gate, w_up, [] if low is None else [low, b_gate, b_up]):
+            return ops.gated_linear(x, w_gate, w_up, low, b_gate, b_up, activation, save)
+    return _reference(x, w_gate, w_up, low, b_gate, b_up, activation, save)
 
 
 def gated_linear_backward(
@@ -71,8 +72,16 @@ def gated_linear_backward(
     Returns:
         tuple[Tensor, Tensor, Tensor]: the product, the gradient of gate and that of up.
     """
-    return torch.ops.torchtune_fused.gated_mlp_hidden_backward(
-        grad, w_down, gate, up, grad_low, a_down, activation, need_hidden
+    return call(
+        "gated_mlp_hidden_backward",
+        grad,
+        w_down,
+        gate,
+        up,
+        grad_low,
+        a_down,
+        activation,
+        need_hidden,
     )
 
 
@@ -91,15 +100,16 @@ def linear(
 
 
 @define_op(
-    "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? low, Tensor? low_gate, "
-    "Tensor? low_up, str activation, bool save) -> (Tensor hidden, Tensor gate, Tensor up)"
+    "gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Tensor? low, Tensor? b_gate, "
+    "Tensor? b_up, str activation, bool save) -> (Tensor hidden, Tensor gate, Tensor up)"
 )
-def _reference(x, w_gate, w_up, low, low_gate, low_up, activation, save):
+def _reference(x, w_gate, w_up, low, b_gate, b_up, activation, save):
     if low is None:
         gate, up = linear(x, w_gate), linear(x, w_up)
     else:
-        none = None, None
-        gate, up = grouped_linear(x, (w_gate, w_up), none, (low, low), (low_gate, low_up))
+        bs = b_gate, b_up
+        lows = low.split([b.shape[1] for b in bs], dim=-1)
+        gate, up = grouped_linear(x, (w_gate, w_up), (None, None), lows, bs)
     hidden = gated_activation(gate, up, activation)
     return (hidden, gate, up) if save else (hidden, x.new_empty(0), x.new_empty(0))
 
@@ -120,17 +130,19 @@ def _backward_reference(grad, w_down, gate, up, grad_low, a_down, activation, ne
 @define_op(
     "gated_mlp_hidden_backward(Tensor grad, Tensor w_down, Tensor gate, Tensor up, "
     "Tensor? grad_low, Tensor? a_down, str activation, bool need_hidden) -> "
-    "(Tensor hidden, Tensor grad_gate, Tensor grad_up)"
+    "(Tensor hidden, Tensor grad_gate, Tensor grad_up)",
+    composite=True,
 )
 def _hidden_backward(grad, w_down, gate, up, grad_low, a_down, activation, need_hidden):
     arguments = (grad.contiguous(), w_down, gate, up, grad_low, a_down, activation, need_hidden)
     ops = torch.ops.torchtune_fused
-    if gate.is_cuda and ops.gated_linear_takes(gate, w_down, arguments[0], grad_low):
+    low = [] if grad_low is None else [grad_low, a_down]
+    if gate.is_cuda and ops.gated_linear_takes(gate, w_down, arguments[0], low):
         return ops.gated_linear_backward(*arguments)
     return _backward_reference(*arguments)
 
 
-@define_op("gated_linear_takes(Tensor x, Tensor w_gate, Tensor w_up, Tensor? low) -> bool")
+@define_op("gated_linear_takes(Tensor x, Tensor w_gate, Tensor w_up, Tensor[] low) -> bool")
 def _takes(x, w_gate, w_up, low):
     return False  # Only the compiled library has the kernel, and knows for what.
 
@@ -143,7 +155,7 @@ def _(grad, w_down, gate, up, grad_low, a_down, activation, need_hidden):
 
 
 @torch.library.register_fake("torchtune_fused::gated_linear", lib=LIBRARY)
-def _(x, w_gate, w_up, low, low_gate, low_up, activation, save):
+def _(x, w_gate, w_up, low, b_gate, b_up, activation, save):
     shape = (*x.shape[:-1], w_gate.shape[0])
     saved = shape if save else (0,)
     return x.new_empty(shape), x.new_empty(saved), x.new_empty(saved)

@@ -85,7 +85,8 @@ def fused_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
 @define_op(
     "gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate, Tensor? b_up, "
     "Tensor? b_down, Tensor? residual, str activation, bool save) -> "
-    "(Tensor out, Tensor gate, Tensor up)"
+    "(Tensor out, Tensor gate, Tensor up)",
+    composite=True,
 )
 def _forward(x, w_gate, w_up, w_down, b_gate, b_up, b_down, residual, activation, save):
     # gate and up are the projections before the activation; empty unless they are to be saved.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune_fused.ops._library import LIBRARY, define_op
+from torchtune_fused.ops._library import LIBRARY, call, define_op
 
 
 def grouped_linear(
@@ -67,7 +67,7 @@ def sum_of_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tens
     Returns:
         Tensor: shape ``[rows, n]``.
     """
-    return torch.ops.torchtune_fused.sum_of_products(list(firsts), list(seconds))
+    return call("sum_of_products", list(firsts), list(seconds))
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _takes(firsts, seconds, terms, across, addend=None):
 
 
 # What autograd calls: the choice between the two is made below the tracers.
-@define_op("sum_of_products(Tensor[] firsts, Tensor[] seconds) -> Tensor")
+@define_op("sum_of_products(Tensor[] firsts, Tensor[] seconds) -> Tensor", composite=True)
 def _sum_of_products(firsts, seconds):
     ops, terms = torch.ops.torchtune_fused, [len(firsts)]
     if firsts[0].is_cuda and ops.grouped_product_takes(firsts, seconds, terms, True):

@@ -140,7 +140,8 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 @define_op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
-    "float softcap, float z_loss) -> Tensor"
+    "float softcap, float z_loss) -> Tensor",
+    composite=True,
 )
 def _forward(hidden, weight, targets, *options):
     return _run(hidden, weight, targets, None, *options, False, False)[0]
@@ -149,7 +150,8 @@ def _forward(hidden, weight, targets, *options):
 @define_op(
     "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, "
     "int ignore_index, float softcap, float z_loss, bool for_hidden, bool for_weight) -> "
-    "(Tensor grad_hidden, Tensor grad_weight)"
+    "(Tensor grad_hidden, Tensor grad_weight)",
+    composite=True,
 )
 def _backward(grad, hidden, weight, targets, *options):
     return _run(hidden, weight, targets, grad.contiguous(), *options)[1:]
@@ -158,7 +160,8 @@ def _backward(grad, hidden, weight, targets, *options):
 @define_op(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
     "float softcap, float z_loss, bool for_hidden, bool for_weight) -> "
-    "(Tensor total, Tensor grad_hidden, Tensor grad_weight)"
+    "(Tensor total, Tensor grad_hidden, Tensor grad_weight)",
+    composite=True,
 )
 def _sum(hidden, weight, targets, *options):
     losses, *grads = _run(hidden, weight, targets, None, *options)
@@ -191,9 +194,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad):
     needed = ctx.needs_input_grad[:2]
-    grads = torch.ops.torchtune_fused.linear_cross_entropy_backward(
-        grad, *ctx.saved_tensors, *ctx.options, *needed
-    )
+    grads = call("linear_cross_entropy_backward", grad, *ctx.saved_tensors, *ctx.options, *needed)
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * 4
 
 

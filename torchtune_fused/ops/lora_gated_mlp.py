@@ -1,7 +1,6 @@
 """Gated MLP whose three projections carry low-rank adapters; see `gated_mlp` and `lora_linear`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import (
@@ -87,7 +86,8 @@ def lora_gated_mlp(
     "lora_gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? bias_gate, "
     "Tensor? bias_up, Tensor? bias_down, Tensor a_gate, Tensor b_gate, Tensor a_up, Tensor b_up, "
     "Tensor a_down, Tensor b_down, Tensor? residual, float scale, str activation) -> "
-    "(Tensor out, Tensor gate, Tensor up, Tensor low_in, Tensor low_down)"
+    "(Tensor out, Tensor gate, Tensor up, Tensor low_in, Tensor low_down)",
+    composite=True,
 )
 def _forward(
     x,
@@ -109,14 +109,11 @@ def _forward(
 ):
     x = x.contiguous()
     low_in = low_rank([x, x], [a_gate, a_up], scale)
-    # Side by side with zeros, both read the whole of low_in.
-    low_gate, low_up = F.pad(b_gate, (0, a_up.shape[0])), F.pad(b_up, (a_gate.shape[0], 0))
     if bias_gate is None and bias_up is None:
-        hidden, gate, up = gated_linear(x, w_gate, w_up, activation, True, low_in, low_gate, low_up)
+        hidden, gate, up = gated_linear(x, w_gate, w_up, activation, True, low_in, b_gate, b_up)
     else:
-        gate, up = grouped_linear(
-            x, (w_gate, w_up), (bias_gate, bias_up), (low_in, low_in), (low_gate, low_up)
-        )
+        lows = low_in.split([a_gate.shape[0], a_up.shape[0]], dim=-1)
+        gate, up = grouped_linear(x, (w_gate, w_up), (bias_gate, bias_up), lows, (b_gate, b_up))
         hidden = gated_activation(gate, up, activation)
     low_down = low_rank([hidden], [a_down], scale)
     (out,) = grouped_linear(hidden, [w_down], [bias_down], [low_down], [b_down], residual)

@@ -64,7 +64,8 @@ def lora_linear(
 # low, [..., rank], is scale * adapter_input @ aᵀ: what the gradient of b needs.
 @define_op(
     "lora_linear(Tensor x, Tensor? adapter_input, Tensor weight, Tensor? bias, Tensor a, Tensor b, "
-    "float scale) -> (Tensor out, Tensor low)"
+    "float scale) -> (Tensor out, Tensor low)",
+    composite=True,
 )
 def _forward(x, adapter_input, weight, bias, a, b, scale):
     low = low_rank([x if adapter_input is None else adapter_input], [a], scale)

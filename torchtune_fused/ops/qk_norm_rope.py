@@ -178,14 +178,15 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_q, grad_k):
-    ops = torch.ops.torchtune_fused
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks them at each access
     heads, angles = saved[:4], saved[4:]
     if heads[0] is None:
         # A rotation is orthogonal: its transpose is the rotation by the opposite angle.
-        grads = ops.qk_norm_rope(grad_q, grad_k, None, None, *angles, *ctx.flags, not ctx.inverse)
+        grads = call(
+            "qk_norm_rope", grad_q, grad_k, None, None, *angles, *ctx.flags, not ctx.inverse
+        )
         return *grads, *(None,) * 9
-    grads = ops.qk_norm_rope_backward(grad_q, grad_k, *heads, *angles, *ctx.flags)
+    grads = call("qk_norm_rope_backward", grad_q, grad_k, *heads, *angles, *ctx.flags)
     return *grads, *(None,) * 7
 
 

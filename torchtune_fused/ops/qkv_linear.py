@@ -72,7 +72,8 @@ def qkv_linear(
     "qkv_linear(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, "
     "Tensor? bias_q, Tensor? bias_k, Tensor? bias_v, Tensor? a_q, Tensor? a_k, Tensor? a_v, "
     "Tensor? b_q, Tensor? b_k, Tensor? b_v, Tensor? seen_q, Tensor? seen_k, Tensor? seen_v, "
-    "float scale) -> (Tensor q, Tensor k, Tensor v, Tensor low)"
+    "float scale) -> (Tensor q, Tensor k, Tensor v, Tensor low)",
+    composite=True,
 )
 def _forward(x, *arguments):
     *tensors, scale = arguments

@@ -123,8 +123,8 @@ def norm_backward(
     ctx, grad: Tensor, grad_skip: Tensor | None, need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and weight, for a context that has saved x, weight and rstd."""
-    grad_x, grad_weight = torch.ops.torchtune_fused.rms_norm_backward(
-        grad, *ctx.saved_tensors, grad_skip, ctx.unit_offset, need_weight
+    grad_x, grad_weight = call(
+        "rms_norm_backward", grad, *ctx.saved_tensors, grad_skip, ctx.unit_offset, need_weight
     )
     return grad_x, grad_weight if need_weight else None
 

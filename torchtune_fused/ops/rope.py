@@ -160,9 +160,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad):
     # A rotation is orthogonal: its transpose is the rotation by the opposite angle.
-    grad_x = torch.ops.torchtune_fused.rope(
-        grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse
-    )
+    grad_x = call("rope", grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
     return grad_x, None, None, None, None, None
 
 
