@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(32 * kWarps)
       }
     }
     if (tile.partial()) {
-      mask_scores<kBlockN>(s, p, batch, head, p.keys, first_query + warp_row,
-                           tile.index() * kBlockN);
+      mask_scores<0, kBlockN>(s, p, batch, head, p.keys, first_query + warp_row, 16,
+                              tile.index() * kBlockN);
     }
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n) {

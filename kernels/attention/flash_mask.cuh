@@ -105,30 +105,39 @@ __device__ __forceinline__ uint32_t bits_between(int begin, int end) {
   return below(end) & ~below(begin);
 }
 
-// Sets the scores that the mask hides to -inf: a lane's fragments of 16 kTilesM queries from
-// first_query on, by kBlockN keys.
-template <int kBlockN, int kTilesM>
+// Sets the scores that the mask hides to -inf: a lane's fragments of 16 queries by kBlockN keys,
+// from kFirst on; the queries of fragment i start at first_query + i * stride.
+template <int kFirst, int kBlockN, int kTilesM>
 __device__ __forceinline__ void mask_scores(float (&s)[kTilesM][kBlockN / 8][4],
                                             const FlashAttentionParams& p, int batch, int head,
-                                            int length, int first_query, int first_key) {
+                                            int length, int first_query, int stride,
+                                            int first_key) {
   const int thread = thread_index(), quad = thread % 4, group_row = thread % 32 / 4;
 #pragma unroll
-  for (int r = 0; r < 2 * kTilesM; ++r) {
-    const int query = min(first_query + r * 8 + group_row, p.queries - 1);
-    const Range keys = keys_of_query(p, batch, query, length);
+  for (int i = kFirst; i < kTilesM; ++i) {
+    const int first_row = min(first_query + i * stride, p.queries - 1);
+    const Range rows = {first_row, min(first_row + 16, p.queries)};
+    if (kind_of_keys(p, batch, head, rows, {first_key, first_key + kBlockN}, length) == kTileFull) {
+      continue;
+    }
 #pragma unroll
-    for (int w = 0; w < kBlockN / 32; ++w) {
-      const int first = first_key + w * 32;
-      uint32_t visible = bits_between(keys.begin - first, keys.end - first);
-      if (p.mask.bits != nullptr && first / 32 < p.mask.bits_row_stride) {
-        visible &= p.mask.bits[batch * p.mask.bits_batch_stride + head * p.mask.bits_head_stride +
-                               static_cast<int64_t>(query) * p.mask.bits_row_stride + first / 32];
-      }
-      visible >>= quad * 2;
+    for (int j = 0; j < 2; ++j) {
+      const int query = min(first_row + j * 8 + group_row, p.queries - 1);
+      const Range keys = keys_of_query(p, batch, query, length);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float& score = s[r / 2][w * 4 + e / 2][r % 2 * 2 + e % 2];
-        score = visible >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
+      for (int w = 0; w < kBlockN / 32; ++w) {
+        const int first = first_key + w * 32;
+        uint32_t visible = bits_between(keys.begin - first, keys.end - first);
+        if (p.mask.bits != nullptr && first / 32 < p.mask.bits_row_stride) {
+          visible &= p.mask.bits[batch * p.mask.bits_batch_stride + head * p.mask.bits_head_stride +
+                                 static_cast<int64_t>(query) * p.mask.bits_row_stride + first / 32];
+        }
+        visible >>= quad * 2;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& score = s[i][w * 4 + e / 2][j * 2 + e % 2];
+          score = visible >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
+        }
       }
     }
   }

@@ -30,6 +30,12 @@ struct Schedule {
     TTF_CHECK(blocks < 1LL << 31, "too many heads and rows: ", blocks, " tiles");
     return static_cast<unsigned>(blocks);
   }
+  // The same order as a grid, whose blocks need no divisions to find their places: heads of a
+  // section, tiles, sections. Where the last section is shorter, heads beyond the last appear.
+  dim3 grid() const {
+    TTF_CHECK(tiles < 1 << 16, "too many rows: ", tiles, " tiles");
+    return dim3(heads_per_section, tiles, (heads + heads_per_section - 1) / heads_per_section);
+  }
   // The tile and the head of a block.
   __device__ __forceinline__ void locate(int block, int& tile, int& head) const {
     const int section = block / (heads_per_section * tiles);

@@ -30,9 +30,11 @@ __device__ __forceinline__ int thread_index() {
   asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
   return index;
 }
-__device__ __forceinline__ int block_index() {
-  int index;
-  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(index));
+__device__ __forceinline__ int3 block_index() {
+  int3 index;
+  asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(index.x));
+  asm volatile("mov.u32 %0, %ctaid.y;" : "=r"(index.y));
+  asm volatile("mov.u32 %0, %ctaid.z;" : "=r"(index.z));
   return index;
 }
 
@@ -97,6 +99,30 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T* source, int64_
                     row < rows && piece * 8 < head_dim);
     }
     from += kStep * row_stride;
+  }
+}
+
+// Writes kRows rows of a tile, from `row` on, which a warp does by itself; none from `rows` on.
+template <int kRows, int kColumns, typename T>
+__device__ __forceinline__ void store_rows(T* target, int64_t row_stride, uint32_t tile, int row,
+                                           int rows, int head_dim) {
+  constexpr int kPieces = kColumns / 8;
+  constexpr int kWidth = kPieces % 8 == 0 ? kPieces : 4;  // pieces of a row at a time
+  constexpr int kStep = 32 / kWidth;                      // rows at a time
+  const int lane = thread_index() % 32, first_piece = lane % kWidth;
+  row += lane / kWidth;
+  T* to = target + row * row_stride + first_piece * 8;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kStep) {
+#pragma unroll
+    for (int j = 0; j < kPieces; j += kWidth) {
+      const int piece = first_piece + j;
+      if (row + i < rows && piece * 8 < head_dim) {
+        *reinterpret_cast<uint4*>(to + j * 8) =
+            load_shared_16(tile + Tile<kColumns>::offset(row + i, piece));
+      }
+    }
+    to += kStep * row_stride;
   }
 }
 
