@@ -5,29 +5,31 @@
 // up, so that each thread holds the sums of gate and of up for the same elements. Of a cluster,
 // block 0 loads the rows of gate and block 1 those of up.
 // Memory: x [rows, k], gate and up [n, k], low [rows, rank], outputs [rows, n], all row-major.
-// Grid and shared memory as product.cuh says, with two boxes for the outputs of each warpgroup.
+// Grid and shared memory as product.cuh says, with a Handover for each multiplying warpgroup: 64
+// columns of gate and the same of up, the left ones first.
 #pragma once
 
 #include "common/activation.cuh"
-#include "mlp/product.cuh"
+#include "mlp/handover.cuh"
 
 namespace torchtune_fused {
 
 struct GatedLinearMaps {
   CUtensorMap x, gate_weight, up_weight;  // tiles of 128 rows
   CUtensorMap low, low_gate, low_up;      // likewise, the same once more where there are none
-  CUtensorMap hidden, gate, up;           // tiles of 64 rows
+  CUtensorMap gate, up;                   // tiles of 64 rows
 };
 
 struct GatedLinearShape {
   int rows, n, k;
   int rank, rank_gate;  // of both adapters, and of gate's, which comes first; 0: none
+  void* hidden;
   Activation activation;
   bool save;
 };
 
 constexpr int kGatedStages = 4, kGatedWidth = kWidth / 2;
-constexpr int kGatedSharedBytes = 1024 + Ring<kGatedStages>::kBytes + 2 * 2 * kBoxBytes;
+constexpr int kGatedSharedBytes = 1024 + Ring<kGatedStages>::kBytes + Handover::kBytes;
 
 template <typename T>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
@@ -36,10 +38,12 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   extern __shared__ uint8_t raw[];
   uint8_t* shared = align_1024(raw);
   const uint32_t boxes = shared_address(shared);
-  Ring<kGatedStages> ring(shared + 2 * 2 * kBoxBytes);
-  const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
+  Ring<kGatedStages> ring(shared + 4 * kBoxBytes);
+  Barrier* barriers = ring.empty_barriers + kGatedStages;
+  const int rank = cluster_rank(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     ring.init_barriers();
+    for (int half = 0; half < 2; ++half) Handover(boxes, barriers, half).init_barriers();
     fence_init();
   }
   cluster_sync();
@@ -49,9 +53,9 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   int row_pair, column;
 
-  if (warpgroup == 0) {
-    give_up_registers<40>();
-    if (threadIdx.x == 0) {
+  if (warp < 4) {
+    give_up_registers<kFinishingRegisters>();
+    if (warp == 0 && lane == 0) {
       const CUtensorMap* weight = rank == 0 ? &maps.gate_weight : &maps.up_weight;
       const CUtensorMap* low_weight = rank == 0 ? &maps.low_gate : &maps.low_up;
       // Outside of a matrix are zeros: the columns of low that are the other adapter's.
@@ -70,59 +74,54 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
                               column * kGatedWidth, 0b11);
         }
       }
-    }
-  } else {
-    take_registers<232>();
-    const int half = warpgroup - 1, lane = threadIdx.x % 32;
-    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for stmatrix
-    const bool elected = threadIdx.x % 128 == 0;
-    const uint32_t box = boxes + half * 2 * kBoxBytes;
-    float sum[128];
-    int turn = 0;
-
-    for (int tile = cluster; tile < order.size(); tile += clusters) {
-      multiply<T, false>(sum, ring, steps, half);
-      order.at(tile, row_pair, column);
-      // Sends 64 columns of this warpgroup's rows to memory, by way of two boxes in turns.
-      const auto store = [&](const CUtensorMap* map, int first, auto value) {
-        const uint32_t to = box + turn * kBoxBytes;
-        if (elected) wait_for_stores<1>();
-        named_sync<128>(1 + half);
-#pragma unroll
-        for (int chunk = 0; chunk < 8; chunk += 2) {
-          uint32_t r[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int at = 4 * (first / 8 + chunk + i / 2) + 2 * (i % 2);
-            r[i] = pack<T>(value(at), value(at + 1));
-          }
-          store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
-        }
-        fence_async();
-        named_sync<128>(1 + half);
-        if (elected) {
-          store_tile(map, to, column * kGatedWidth + first,
-                     (2 * row_pair + rank) * kRows + half * 64);
-          store_tiles_commit();
-        }
-        turn ^= 1;
-      };
-      if (shape.save) {
-#pragma unroll
-        for (int first = 0; first < kGatedWidth; first += 64) {
-          store(&maps.gate, first, [&](int i) { return sum[i]; });
-          store(&maps.up, first, [&](int i) { return sum[64 + i]; });
-        }
-      }
+    } else if (warp > 0) {
+      const bool elected = warp == 1 && lane == 0 && shape.save;
+      const int64_t row_bytes = int64_t{2} * shape.n;
       with_activation(shape.activation, [&](auto activation) {
+        for (int tile = cluster; tile < order.size(); tile += clusters) {
+          order.at(tile, row_pair, column);
+#pragma unroll 1
+          for (int i = 0; i < 4; ++i) {
+            const bool right = i >= 2;
+            const Handover sums(boxes, barriers, i % 2);
+            const int first_row = (2 * row_pair + rank) * kRows + 64 * (i % 2);
+            const int first = column * kGatedWidth + 64 * right, own = first + lane % 8 * 8;
+            const int rows = own < shape.n ? shape.rows - first_row : 0;
+            const uintptr_t hidden =
+                reinterpret_cast<uintptr_t>(shape.hidden) + first_row * row_bytes + 2 * own;
+            wait(*sums.there, right);
+            if (elected) {
+              store_tile(&maps.gate, sums.boxes, first, first_row);
+              store_tile(&maps.up, sums.boxes + kBoxBytes, first, first_row);
+              store_tiles_commit();
+            }
+#pragma unroll 3
+            for (int row = 4 * (warp - 1) + lane / 8; row < 64; row += 4 * kFinishingWarps) {
+              float gate[8], up[8];
+              unpack_vec<T>(load_shared_16(sums.at(row, lane % 8)), gate);
+              unpack_vec<T>(load_shared_16(sums.at(row, 8 + lane % 8)), up);
 #pragma unroll
-        for (int first = 0; first < kGatedWidth; first += 64) {
-          store(&maps.hidden, first,
-                [&](int i) { return activate<activation.value>(sum[i]) * sum[64 + i]; });
+              for (int j = 0; j < 8; ++j) gate[j] = activate<activation.value>(gate[j]) * up[j];
+              if (row < rows) {
+                *reinterpret_cast<uint4*>(hidden + row * row_bytes) = pack_vec<T>(gate);
+              }
+            }
+            if (elected) wait_for_stores<0>();
+            __syncwarp();
+            if (lane == 0) arrive(*sums.read);
+          }
         }
       });
     }
-    if (elected) wait_for_stores<0>();
+  } else {
+    take_registers<kMultiplyingRegisters>();
+    const int half = warp / 4 - 1;
+    multiply_and_hand_over<T, false, true>(
+        ring, Handover(boxes, barriers, half), cluster, order.size(), clusters, steps, half,
+        [](const float(&sum)[128], bool right, int i) {
+          const int at = 64 * (i / 16) + 32 * right + 2 * (i % 16);
+          return pack<T>(sum[at], sum[at + 1]);
+        });
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

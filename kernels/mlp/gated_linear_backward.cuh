@@ -1,38 +1,71 @@
 // The gradients of gate and up from that of the MLP's output, on Hopper: the product
-// grad_hidden = grad down (+ grad_low low_down, of an adapter), and in its epilogue
-// hidden = activation(gate) * up once more, grad_gate and grad_up, so that grad_hidden never is in
-// memory.
+// grad_hidden = grad down (+ grad_low low_down, of an adapter), and from it
+// hidden = activation(gate) * up once more, grad_gate and grad_up. grad_hidden never is in memory.
+//
+// Tensor cores limit the product, memory limits the rest: they overlap as handover.cuh says. gate
+// and up are on their way to the finishing warps before the sums that they are for.
 //
 // Tiles: 128 x 256 of grad_hidden. Of a cluster, each block loads 128 columns of down.
 // Memory: grad [rows, k], down [k, n], grad_low [rows, rank], low_down [rank, n]; gate, up and the
 // outputs [rows, n], all row-major.
-// Grid and shared memory as product.cuh says, and for each warpgroup five boxes: gate and up of 64
-// columns twice, one pair under way while the other is worked on and turned into gradients in
-// place, and one for hidden.
+// Grid and shared memory as product.cuh says, with a Handover for each multiplying warpgroup: its
+// left columns first.
 #pragma once
 
 #include "common/activation.cuh"
-#include "mlp/product.cuh"
+#include "mlp/handover.cuh"
 
 namespace torchtune_fused {
 
 struct GatedLinearBackwardMaps {
   CUtensorMap grad, grad_low;  // tiles of 128 rows
-  CUtensorMap down, low_down;  // tiles of 64 rows, as are all that follow
-  CUtensorMap gate, up;
-  CUtensorMap hidden, grad_gate, grad_up;
+  CUtensorMap down, low_down;  // tiles of 64 rows
 };
 
 struct GatedLinearBackwardShape {
   int rows, n, k;
   int rank;  // of the adapter; 0: none
+  const void *gate, *up;
+  void *hidden, *grad_gate, *grad_up;  // hidden may be null: not wanted
   Activation activation;
-  bool need_hidden;
 };
 
-constexpr int kBackwardStages = 3, kBackwardBoxes = 2 * 2 + 1;
-constexpr int kBackwardSharedBytes =
-    1024 + Ring<kBackwardStages>::kBytes + 2 * kBackwardBoxes * kBoxBytes + 2 * 2 * sizeof(Barrier);
+constexpr int kBackwardStages = 4;
+constexpr int kBackwardSharedBytes = 1024 + Ring<kBackwardStages>::kBytes + Handover::kBytes;
+
+// What a finishing warp works on at a time: four rows of 128 columns. A lane has 8 columns of
+// every second row.
+struct Piece {
+  static constexpr int kRows = 4, kVectors = 2;
+  int64_t offset;  // in bytes, of this lane's first row
+  int rows;        // from there on within the matrix
+  uint4 gate[kVectors], up[kVectors];
+};
+
+template <typename V>
+__device__ __forceinline__ V* at(const void* data, int64_t bytes) {
+  return reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(data) + bytes);
+}
+
+// Turns gate and up into their gradients.
+template <typename T, Activation kActivation>
+__device__ __forceinline__ void gated_gradients(uint4 grad, uint4& gate, uint4& up,
+                                                uint4& hidden) {
+  float d[8], g[8], u[8], h[8];
+  unpack_vec<T>(grad, d);
+  unpack_vec<T>(gate, g);
+  unpack_vec<T>(up, u);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const auto a = activate_with_slope<kActivation>(g[i]);
+    h[i] = a.value * u[i];
+    g[i] = d[i] * u[i] * a.slope;
+    u[i] = d[i] * a.value;
+  }
+  hidden = pack_vec<T>(h);
+  gate = pack_vec<T>(g);
+  up = pack_vec<T>(u);
+}
 
 template <typename T>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
@@ -41,13 +74,12 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   extern __shared__ uint8_t raw[];
   uint8_t* shared = align_1024(raw);
   const uint32_t boxes = shared_address(shared);
-  Ring<kBackwardStages> ring(shared + 2 * kBackwardBoxes * kBoxBytes);
-  // For each pair of boxes, that it is loaded.
-  Barrier* loaded = ring.empty_barriers + kBackwardStages;
-  const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
+  Ring<kBackwardStages> ring(shared + 4 * kBoxBytes);
+  Barrier* barriers = ring.empty_barriers + kBackwardStages;
+  const int rank = cluster_rank(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     ring.init_barriers();
-    for (int pair = 0; pair < 2 * 2; ++pair) init(loaded[pair], 1);
+    for (int half = 0; half < 2; ++half) Handover(boxes, barriers, half).init_barriers();
     fence_init();
   }
   cluster_sync();
@@ -57,10 +89,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   int row_pair, column;
 
-  if (warpgroup == 0) {
-    give_up_registers<40>();
-    if (threadIdx.x == 0) {
-      for (int tile = cluster; tile < order.size(); tile += clusters) {
+  if (warp < 4) {
+    give_up_registers<kFinishingRegisters>();
+    if (warp == 0) {
+      for (int tile = cluster; lane == 0 && tile < order.size(); tile += clusters) {
         order.at(tile, row_pair, column);
         for (int step = 0; step < steps; ++step, ring.advance()) {
           const bool wide = step < wide_steps;
@@ -75,76 +107,75 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
           }
         }
       }
-    }
-  } else {
-    take_registers<232>();
-    const int half = warpgroup - 1, lane = threadIdx.x % 32;
-    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for ldmatrix and stmatrix
-    const bool elected = threadIdx.x % 128 == 0;
-    const uint32_t pairs = boxes + half * kBackwardBoxes * kBoxBytes;
-    const uint32_t hidden = pairs + 4 * kBoxBytes;
-    Barrier* pair_loaded = loaded + 2 * half;
-    float sum[128];
-
-    for (int tile = cluster; tile < order.size(); tile += clusters) {
-      order.at(tile, row_pair, column);
-      const int row = (2 * row_pair + rank) * kRows + half * 64;
-      const auto load = [&](int i) {
-        const uint32_t pair = pairs + i % 2 * 2 * kBoxBytes;
-        Barrier& barrier = pair_loaded[i % 2];
-        arrive_and_expect(barrier, 2 * kBoxBytes);
-        load_tile(pair, &maps.gate, barrier, column * kWidth + 64 * i, row);
-        load_tile(pair + kBoxBytes, &maps.up, barrier, column * kWidth + 64 * i, row);
+    } else {
+      // A tile's pieces, in the order in which they come: left and right, above and below.
+      constexpr int kOfHandover = 64 / Piece::kRows, kOfTile = 4 * kOfHandover;
+      const int64_t row_bytes = int64_t{2} * shape.n;
+      int next_tile = cluster, next_piece = warp - 1;  // every third one is this warp's
+      const auto load_next = [&](Piece& piece) {
+        piece.rows = 0;
+        if (next_tile >= order.size()) return;
+        if (next_piece == warp - 1) order.at(next_tile, row_pair, column);
+        const int row = (2 * row_pair + rank) * kRows +
+                        next_piece % (2 * kOfHandover) * Piece::kRows + lane / 16;
+        const int first = column * kWidth +
+                          next_piece / (2 * kOfHandover) * Handover::kColumns + lane % 16 * 8;
+        piece.offset = row * row_bytes + 2 * first;
+        if (first < shape.n) piece.rows = shape.rows - row;
+#pragma unroll
+        for (int i = 0; i < Piece::kVectors; ++i) {
+          if (2 * i < piece.rows) {
+            piece.gate[i] = __ldcs(at<const uint4>(shape.gate, piece.offset + 2 * i * row_bytes));
+            piece.up[i] = __ldcs(at<const uint4>(shape.up, piece.offset + 2 * i * row_bytes));
+          }
+        }
+        next_piece += kFinishingWarps;
+        if (next_piece >= kOfTile) next_piece = warp - 1, next_tile += clusters;
       };
-      if (elected) {
-        wait_for_stores<0>();
-        load(0);
-        load(1);
-      }
-      multiply<T, true>(sum, ring, steps, half);
 
       with_activation(shape.activation, [&](auto activation) {
+        Piece next;
+        load_next(next);
+        for (int tile = cluster; tile < order.size(); tile += clusters) {
+#pragma unroll 1
+          for (int i = warp - 1; i < kOfTile; i += kFinishingWarps) {
+            const bool right = i >= 2 * kOfHandover;
+            const Handover sums(boxes, barriers, i / kOfHandover % 2);
+            const int of_handover = i % kOfHandover;
+            Piece piece = next;
+            load_next(next);
+            if (of_handover < kFinishingWarps) wait(*sums.there, right);
+            uint4 grad[Piece::kVectors], hidden;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t gate = pairs + i % 2 * 2 * kBoxBytes, up = gate + kBoxBytes;
-          if (elected && i > 0) {
-            wait_for_stores<0>();
-            if (i < 3) load(i + 1);
-          }
-          named_sync<128>(1 + half);
-          wait(pair_loaded[i % 2], i / 2);
-#pragma unroll
-          for (int chunk = 0; chunk < 8; chunk += 2) {
-            uint32_t g[4], u[4], h[4];
-            load_matrix_x4(g, in_box(gate, box_row, chunk + lane / 16));
-            load_matrix_x4(u, in_box(up, box_row, chunk + lane / 16));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int at = 4 * (8 * i + chunk + j / 2) + 2 * (j % 2);
-              const float2 gates = unpack<T>(g[j]), ups = unpack<T>(u[j]);
-              const auto a = activate_with_slope<activation.value>(gates.x);
-              const auto b = activate_with_slope<activation.value>(gates.y);
-              h[j] = pack<T>(a.value * ups.x, b.value * ups.y);
-              g[j] = pack<T>(sum[at] * ups.x * a.slope, sum[at + 1] * ups.y * b.slope);
-              u[j] = pack<T>(sum[at] * a.value, sum[at + 1] * b.value);
+            for (int v = 0; v < Piece::kVectors; ++v) {
+              const int row = of_handover * Piece::kRows + 2 * v + lane / 16;
+              grad[v] = load_shared_16(sums.at(row, lane % 16));
             }
-            store_matrix_x4(in_box(gate, box_row, chunk + lane / 16), g);
-            store_matrix_x4(in_box(up, box_row, chunk + lane / 16), u);
-            store_matrix_x4(in_box(hidden, box_row, chunk + lane / 16), h);
-          }
-          fence_async();
-          named_sync<128>(1 + half);
-          if (elected) {
-            const int first = column * kWidth + 64 * i;
-            store_tile(&maps.grad_gate, gate, first, row);
-            store_tile(&maps.grad_up, up, first, row);
-            if (shape.need_hidden) store_tile(&maps.hidden, hidden, first, row);
-            store_tiles_commit();
+            __syncwarp();
+            if (lane == 0 && of_handover + kFinishingWarps >= kOfHandover) arrive(*sums.read);
+#pragma unroll
+            for (int v = 0; v < Piece::kVectors; ++v) {
+              if (2 * v < piece.rows) {
+                gated_gradients<T, activation.value>(grad[v], piece.gate[v], piece.up[v], hidden);
+                const int64_t offset = piece.offset + 2 * v * row_bytes;
+                __stcs(at<uint4>(shape.grad_gate, offset), piece.gate[v]);
+                __stcs(at<uint4>(shape.grad_up, offset), piece.up[v]);
+                if (shape.hidden) __stcs(at<uint4>(shape.hidden, offset), hidden);
+              }
+            }
           }
         }
       });
     }
-    if (elected) wait_for_stores<0>();
+  } else {
+    take_registers<kMultiplyingRegisters>();
+    const int half = warp / 4 - 1;
+    multiply_and_hand_over<T, true, false>(
+        ring, Handover(boxes, barriers, half), cluster, order.size(), clusters, steps, half,
+        [](const float(&sum)[128], bool right, int i) {
+          const int at = 64 * right + 2 * i;
+          return pack<T>(sum[at], sum[at + 1]);
+        });
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

@@ -9,22 +9,23 @@ namespace {
 template <typename T>
 void launch(const GatedLinearBackwardParams& p, cudaStream_t stream) {
   const bool low = p.grad_low != nullptr;
-  const auto of_hidden_size = [&](const void* data) {
-    return matrix_map(data, p.rows, p.n, 64, p.dtype);
-  };
   const GatedLinearBackwardMaps maps = {
       .grad = matrix_map(p.grad, p.rows, p.k, kRows, p.dtype),
       .grad_low = matrix_map(low ? p.grad_low : p.grad, p.rows, low ? p.rank : p.k, kRows, p.dtype),
       .down = matrix_map(p.down, p.k, p.n, 64, p.dtype),
       .low_down = matrix_map(low ? p.low_down : p.down, low ? p.rank : p.k, p.n, 64, p.dtype),
-      .gate = of_hidden_size(p.gate),
-      .up = of_hidden_size(p.up),
-      .hidden = of_hidden_size(p.hidden ? p.hidden : p.grad_gate),
-      .grad_gate = of_hidden_size(p.grad_gate),
-      .grad_up = of_hidden_size(p.grad_up),
   };
   launch_product(gated_linear_backward_kernel<T>, kBackwardSharedBytes, stream, maps,
-                 {p.rows, p.n, p.k, low ? p.rank : 0, p.activation, p.hidden != nullptr});
+                 {.rows = p.rows,
+                  .n = p.n,
+                  .k = p.k,
+                  .rank = low ? p.rank : 0,
+                  .gate = p.gate,
+                  .up = p.up,
+                  .hidden = p.hidden,
+                  .grad_gate = p.grad_gate,
+                  .grad_up = p.grad_up,
+                  .activation = p.activation});
 }
 
 }  // namespace

@@ -17,12 +17,12 @@ void launch(const GatedLinearParams& p, cudaStream_t stream) {
                              kGatedWidth, p.dtype),
       .low_up = matrix_map(p.low ? p.low_up : p.up_weight, p.n,
                            p.low ? p.rank - p.rank_gate : p.k, kGatedWidth, p.dtype),
-      .hidden = matrix_map(p.hidden, p.rows, p.n, 64, p.dtype),
       .gate = matrix_map(p.gate ? p.gate : p.hidden, p.rows, p.n, 64, p.dtype),
       .up = matrix_map(p.up ? p.up : p.hidden, p.rows, p.n, 64, p.dtype),
   };
   launch_product(gated_linear_kernel<T>, kGatedSharedBytes, stream, maps,
-                 {p.rows, p.n, p.k, p.rank, p.rank_gate, p.activation, p.gate != nullptr});
+                 {p.rows, p.n, p.k, p.rank, p.rank_gate, p.hidden, p.activation,
+                  p.gate != nullptr});
 }
 
 }  // namespace

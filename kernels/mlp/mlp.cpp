@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
   check_shape(gate, "gate", {-1, -1});
   const int64_t rows = gate.size(0), n = gate.size(1), k = w_down.size(0);
   check_same(up, "up", gate);
+  TTF_CHECK(rows_start_at_16_bytes(up), "up must start at a multiple of 16 bytes");
   check_like(grad, "grad", gate, {rows, k});
   check_like(w_down, "w_down", gate, {k, n});
   GatedLinearBackwardParams p = {.grad = grad.const_data_ptr(),

@@ -73,10 +73,11 @@ __device__ __forceinline__ uint8_t* align_1024(uint8_t* shared) {
   return shared + (1024 - shared_address(shared) % 1024) % 1024;
 }
 
-// sum[64, 256] = the product of this warpgroup's rows, over the next `steps` stages.
-template <typename T, bool kAcrossK, int kStages>
+// sum[64, 256] = the product of this warpgroup's rows, over the next `steps` stages. While the
+// tensor cores work at a step, calls meanwhile(step).
+template <typename T, bool kAcrossK, int kStages, typename F>
 __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
-                                         int half) {
+                                         int half, F meanwhile) {
   const uint32_t lane = threadIdx.x % 32;
   Barrier* previous = nullptr;
   const auto release = [&] {
@@ -94,6 +95,7 @@ __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring,
           step > 0 || k > 0);
     }
     wgmma_commit();
+    meanwhile(step);
     if (step > 0) {
       wgmma_wait_for_operands<1>();
       release();
@@ -102,6 +104,12 @@ __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring,
   }
   wgmma_wait<0>(sum);
   release();
+}
+
+template <typename T, bool kAcrossK, int kStages>
+__device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
+                                         int half) {
+  multiply<T, kAcrossK>(sum, ring, steps, half, [](int) {});
 }
 
 // Where 16 bytes, `chunk` of 8, of a row of a box lie.
