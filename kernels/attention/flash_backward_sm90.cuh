@@ -16,11 +16,11 @@
 // the A operands of dV += P^T dO and dK += dS^T Q: sums in registers over all tiles and heads. Only
 // dS passes through shared memory, for dQ = dS K, which sums over the keys of both consumers: each
 // makes half of it (half of the columns, or of the queries), a tile late, so that neither waits for
-// the other. The copy engine adds it to fp32 sums in global memory, in the order of common/ptx.cuh's
-// add_fragment.
+// the other. The copy engine adds it to fp32 sums in global memory, in the order of add_fragment in
+// common/ptx.cuh.
 //
-// While dP is under way, a consumer takes the softmax; while dV is, it makes dS; and while dK is,
-// dQ leaves.
+// While dP is under way, a consumer takes the softmax; while dV is, it makes dS; while dK is, it
+// keeps dQ in shared memory; and while S of the next tile is, dQ leaves.
 #pragma once
 
 #include "attention/flash_backward_sm90_producer.cuh"
@@ -68,11 +68,12 @@ struct BackwardConsumer {
     if (lane() == 0) arrive(barrier);
   }
 
-  // Waits for the queries of the next tile; false if there is none.
-  __device__ __forceinline__ bool wait_for_tile() {
+  // Waits for the queries of the next tile. Only the lane that arrives for its warp reads the note
+  // that is meant: racecheck believes only those to be done that arrive themselves.
+  __device__ __forceinline__ BackwardTile wait_for_tile() {
     const Slot at(tiles);
     wait(shared.q_full[at.slot], at.parity);
-    return __shfl_sync(~0u, shared.tile[at.slot].head, 0) >= 0;
+    return __shfl_sync(~0u, shared.tile[lane() == 0 ? at.slot : Shape::kSlots], 0);
   }
 
   // ---- Products ---------------------------------------------------------------------------------
@@ -140,10 +141,11 @@ struct BackwardConsumer {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void hide_scores(const BackwardTile& tile) {
+  __device__ __forceinline__ void hide_scores(int first_row) {
     const FlashAttentionParams& forward = p.arguments.forward;
+    const int head = first_row / p.workspace.padded_queries;
     const int row = 64 * consumer + 16 * warp() + lane() / 4;
-    const int query = tile.query + lane() % 4 * 2;
+    const int query = first_row % p.workspace.padded_queries + lane() % 4 * 2;
     KeyRange seen[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -155,7 +157,7 @@ struct BackwardConsumer {
     const int first_key = keys.first + 64 * consumer + 16 * warp();
     if (!mask.bits || first_key >= forward.keys) return;
     const uint32_t* words = mask.bits + keys.batch * mask.bits_batch_stride +
-                            tile.head * mask.bits_head_stride + first_key / 32;
+                            head * mask.bits_head_stride + first_key / 32;
 #pragma unroll
     for (int j = 0; j < kQueries / 8; ++j) {
 #pragma unroll
@@ -191,13 +193,18 @@ struct BackwardConsumer {
     }
   }
 
+  // Where this lane stores its row of the matrices of the first 16 queries.
+  __device__ __forceinline__ uint32_t address_of_grad_scores(int slot) {
+    const int row = lane() / 16 * 8 + lane() % 8, column = 2 * warp() + lane() / 8 % 2;
+    return shared_address(shared.grad_scores[slot]) + consumer * kQueries * 128 + row * 128 +
+           (column ^ row % 8) * 16;
+  }
+
   // dS = P (dP - delta), in registers and, transposed, in shared memory.
   __device__ __forceinline__ void make_grad_scores(const RowStats* stats) {
     const uint32_t at = shared_address(stats + lane() % 4 * 2);
-    const int row = lane() / 16 * 8 + lane() % 8, column = 2 * warp() + lane() / 8 % 2;
     const ScoresSlot slot(tiles + 1);
-    const uint32_t to = shared_address(shared.grad_scores[slot.slot]) + consumer * kQueries * 128 +
-                        row * 128 + (column ^ row % 8) * 16;
+    const uint32_t to = address_of_grad_scores(slot.slot);
     wait(shared.grad_scores_empty[slot.slot], slot.parity ^ 1);
 #pragma unroll
     for (int j = 0; j < kQueries / 8; ++j) {
@@ -213,49 +220,54 @@ struct BackwardConsumer {
       }
       if (j % 2) store_matrix_x4_transposed(to + j / 2 * 2048, grad_scores[j / 2]);
     }
-    fence_async();
-    __syncwarp();
-    release(shared.grad_scores_full[slot.slot]);
   }
 
-  // The same before the first tile: zeros, which add nothing to dQ.
+  // Once products are under way that don't need it, since the fence takes its time.
+  __device__ __forceinline__ void pass_grad_scores() {
+    fence_async();
+    __syncwarp();
+    release(shared.grad_scores_full[ScoresSlot(tiles + 1).slot]);
+  }
+
+  // Before the first tile: zeros, which add nothing to dQ.
   __device__ __forceinline__ void clear_grad_scores() {
-    const uint32_t to = shared_address(shared.grad_scores[0]) + consumer * kQueries * 128;
-#pragma unroll 1
-    for (int i = thread; i < kQueries * 8; i += 128) store_shared_16(to + i * 16, {});
+    const uint32_t to = address_of_grad_scores(0);
+#pragma unroll
+    for (int j = 0; j < kQueries / 16; ++j) store_shared_16(to + j * 2048, {});
     fence_async();
     __syncwarp();
     release(shared.grad_scores_full[0]);
   }
 
-  // The first row of the tile among those of its batch in the workspace.
-  __device__ __forceinline__ int row_of_tile() const {
-    const BackwardTile& tile = shared.tile[Slot(tiles).slot];
-    return tile.head * p.workspace.padded_queries + tile.query;
-  }
-
-  __device__ __forceinline__ void add_grad_q(int first_row) {
-    constexpr bool kHalfColumns = kHeadDim == 128;
-    const int64_t heads = int64_t{keys.batch} * p.arguments.forward.heads;
-    const int64_t row = heads * p.workspace.padded_queries + first_row + 16 * warp() +
-                        (kHalfColumns ? 0 : 64 * consumer);
-    float* sums = p.workspace.grad_q + row * kHeadDim + (kHalfColumns ? 64 * 16 * consumer : 0);
-    float* out = shared.grad_q[4 * consumer + warp()];
+  __device__ __forceinline__ void keep_grad_q() {
     if (lane() == 0) wait_for_stores();  // of the tile before, from this place
     __syncwarp();
-    const uint32_t to = shared_address(out) + lane() * 16;
+    const uint32_t to = shared_address(shared.grad_q[4 * consumer + warp()]) + lane() * 16;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float* d = grad_q + 4 * j;
       store_shared_16(to + j * 512, d[0], d[1], d[2], d[3]);
     }
+  }
+
+  // Adds what was kept to the sums. The fence waits for what was stored, so some time should be
+  // between the two.
+  __device__ __forceinline__ void add_grad_q(BackwardTile tile) {
+    constexpr bool kHalfColumns = kHeadDim == 128;
+    forget(tile, thread, consumer, keys.batch);
+    const int64_t heads = int64_t{keys.batch} * p.arguments.forward.heads;
+    const int64_t row = heads * p.workspace.padded_queries + (tile & ~1) + 16 * warp() +
+                        (kHalfColumns ? 0 : 64 * consumer);
+    float* sums = p.workspace.grad_q + row * kHeadDim + (kHalfColumns ? 64 * 16 * consumer : 0);
     fence_async();
     __syncwarp();
-    if (lane() == 0) add_floats(sums, out, sizeof(shared.grad_q[0]));
+    if (lane() == 0) {
+      add_floats(sums, shared.grad_q[4 * consumer + warp()], sizeof(shared.grad_q[0]));
+    }
   }
 
   // From the scores of a tile, which are under way, to dV and dS.
-  __device__ __forceinline__ void differentiate() {
+  __device__ __forceinline__ void differentiate(BackwardTile tile) {
     forget(thread, consumer, keys.batch, keys.first, tiles);
     const Slot at(tiles);
     wgmma_wait<1>(grad_k);  // of the tile before, whose registers are needed
@@ -263,8 +275,7 @@ struct BackwardConsumer {
     wait(shared.grad_out_full[at.slot], at.parity);
     start_transposed(grad_p, shared.v, shared.grad_out[at.slot]);
     wgmma_wait<1>(s);
-    const BackwardTile& tile = shared.tile[at.slot];
-    if (__shfl_sync(~0u, int{tile.masked}, 0)) hide_scores(tile);
+    if (tile & 1) hide_scores(tile - 1);
     apply_softmax(shared.stats[at.slot]);
     start_sum(grad_v, probabilities, shared.grad_out[at.slot]);
     wgmma_wait<1>(grad_p);
@@ -293,26 +304,32 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.f;
     clear_grad_scores();
-    if (wait_for_tile()) {
-      int last_row = row_of_tile();
+    BackwardTile tile = wait_for_tile(), last_tile = tile;
+    if (tile >= 0) {
       start_transposed(s, shared.k, shared.q[0]);
-      differentiate();
+      differentiate(tile);
       while (true) {
         start_grad_q();
         start_sum(grad_k, grad_scores, shared.q[Slot(tiles).slot]);
+        pass_grad_scores();
         wgmma_wait<1>(grad_q);
         release(shared.grad_scores_empty[ScoresSlot(tiles).slot]);
-        add_grad_q(last_row);
-        last_row = row_of_tile();
+        keep_grad_q();
         ++tiles;
-        if (!wait_for_tile()) break;
+        const BackwardTile next_tile = wait_for_tile();
+        if (next_tile < 0) break;
         start_transposed(s, shared.k, shared.q[Slot(tiles).slot]);
-        differentiate();
+        add_grad_q(last_tile);
+        last_tile = tile;
+        tile = next_tile;
+        differentiate(tile);
       }
+      add_grad_q(last_tile);
       start_grad_q();
       wgmma_wait<0>(grad_q);
       pin(grad_k);
-      add_grad_q(last_row);
+      keep_grad_q();
+      add_grad_q(tile);
       if (lane() == 0) wait_for_stores();
     }
     const FlashAttentionBackwardParams& a = p.arguments;
@@ -334,6 +351,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefetch_map(p.k);
     prefetch_map(p.v);
     prefetch_map(p.grad_out);
+    prefetch_map(p.stats);
     for (int i = 0; i < Shape::kSlots; ++i) {
       init(shared.q_full[i], 1);
       init(shared.q_empty[i], kConsumerWarps);
@@ -377,6 +395,7 @@ struct FlashBackwardSm90 {
         map(f.k, f.k_stride, f.kv_heads, f.keys, Shape::kKeys),
         map(f.v, f.v_stride, f.kv_heads, f.keys, Shape::kKeys),
         map(a.grad_out, a.grad_out_stride, f.heads, f.queries, Shape::kQueries),
+        row_map(&workspace.stats->lse, workspace.rows(a) / Shape::kQueries, 2 * Shape::kQueries),
         a,
         workspace,
         Schedule::make(int64_t{f.batch} * f.kv_heads, key_tiles, 1,

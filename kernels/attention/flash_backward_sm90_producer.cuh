@@ -49,7 +49,7 @@ __device__ __forceinline__ void produce(const BackwardKernelParams& p,
     wait(shared.q_empty[at.slot], at.parity ^ 1);
     if (!step.exists()) {
       if (leader) {
-        shared.tile[at.slot].head = -1;
+        shared.tile[at.slot] = -1;
         arrive(shared.q_full[at.slot]);
       }
       return;
@@ -57,14 +57,14 @@ __device__ __forceinline__ void produce(const BackwardKernelParams& p,
     const int head = head_of(step.index()), query = tile_of(step.index()) * kQueries;
     if (leader) {
       Barrier& full = shared.q_full[at.slot];
-      shared.tile[at.slot] = {head, query, step.partial()};
+      shared.tile[at.slot] = head * p.workspace.padded_queries + query + step.partial();
       arrive_and_expect(full, sizeof(shared.q[0]) + sizeof(shared.stats[0]) +
                                   (number == 0 ? sizeof(shared.k) : 0));
       if (number == 0) load_tile(shared.k, p.k, keys.batch, keys.kv_head, keys.first, full);
       load_tile(shared.q[at.slot], p.q, keys.batch, head, query, full);
       const int64_t row =
           (int64_t{keys.batch} * forward.heads + head) * p.workspace.padded_queries + query;
-      load_bytes(shared.stats[at.slot], p.workspace.stats + row, sizeof(shared.stats[0]), full);
+      load_row(shared.stats[at.slot], p.stats, static_cast<int>(row / kQueries), full);
     }
     wait(shared.grad_out_empty[at.slot], at.parity ^ 1);
     if (leader) {

@@ -10,6 +10,7 @@ namespace torchtune_fused {
 
 struct BackwardKernelParams {
   CUtensorMap q, k, v, grad_out;
+  CUtensorMap stats;  // a row is what a tile of queries needs
   FlashAttentionBackwardParams arguments;
   FlashBackwardWorkspace workspace;
   Schedule schedule;
@@ -33,11 +34,9 @@ struct BackwardShape {
   static_assert(kBackwardRows % kQueries == 0);
 };
 
-struct BackwardTile {
-  int head;     // negative: there are no more tiles
-  int query;    // the first
-  bool masked;  // some query does not see some key
-};
+// The first row of a tile of queries among those of its batch in the workspace, with bit 0 set if
+// some query does not see some key. Negative: there are no more tiles.
+using BackwardTile = int;
 
 template <typename Shape>
 struct BackwardShared {
@@ -52,8 +51,8 @@ struct BackwardShared {
   Barrier q_full[Shape::kSlots], q_empty[Shape::kSlots];
   Barrier grad_out_full[Shape::kSlots], grad_out_empty[Shape::kSlots];
   Barrier grad_scores_full[2], grad_scores_empty[2];
-  BackwardTile tile[Shape::kSlots];  // comes with q
-  Range seen_by[Shape::kKeys];       // queries that see each key, the bits aside
+  BackwardTile tile[Shape::kSlots + 1];  // comes with q; the last is never written
+  Range seen_by[Shape::kKeys];           // queries that see each key, the bits aside
 };
 
 }  // namespace torchtune_fused

@@ -88,10 +88,10 @@ struct ForwardShared {
   Barrier q_full[Shape::kQuerySlots], q_empty[Shape::kQuerySlots];
   Barrier k_full[Shape::kSlots], k_empty[Shape::kSlots];
   Barrier v_full[Shape::kSlots], v_empty[Shape::kSlots];
-  QueryTile tile[Shape::kQuerySlots];  // comes with q
-  KeyBlock block[Shape::kSlots];       // comes with k
-  Sight sight[Shape::kConsumers];      // of the tile that is being loaded
-  KeyRange seen[Shape::kRows];         // by each query, the bits aside
+  QueryTile tile[Shape::kQuerySlots + 1];  // comes with q; the last is never written
+  KeyBlock block[Shape::kSlots + 1];       // comes with k; the last is never written
+  Sight sight[Shape::kConsumers];          // of the tile that is being loaded
+  KeyRange seen[Shape::kRows];             // by each query, the bits aside
 };
 
 // Where the n-th item of a ring of kSlots goes, and the parity of its barriers then.

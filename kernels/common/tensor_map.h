@@ -22,23 +22,32 @@ inline auto tensor_map_encoder() {
   return encode;
 }
 
-// Boxes of a tensor of 16-bit elements, swizzled; strides in bytes.
+// Boxes of a tensor; strides in bytes.
 template <int kRank>
-CUtensorMap swizzled_map(const void* data, const cuuint64_t (&sizes)[kRank],
-                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
-                         DType dtype) {
+CUtensorMap tensor_map(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                       CUtensorMapSwizzle swizzle) {
   cuuint32_t steps[kRank];
   for (cuuint32_t& step : steps) step = 1;
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      &map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TTF_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled returned error ", result,
             " for a tensor of ", kRank, " dimensions with rows at every ", strides[0], " bytes");
   return map;
+}
+
+// The same of 16-bit elements, swizzled.
+template <int kRank>
+CUtensorMap swizzled_map(const void* data, const cuuint64_t (&sizes)[kRank],
+                         const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                         DType dtype) {
+  const bool half = dtype == DType::kFloat16;
+  return tensor_map<kRank>(
+      half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, sizes,
+      strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 // Whether it can describe a tensor [batch][heads][rows][columns] of 16-bit elements: rows at

@@ -84,6 +84,15 @@ inline CUtensorMap piece_map(const void* data, const int64_t (&stride)[3], int b
   return swizzled_map<4>(data, sizes, strides, {64, cuuint32_t(tile_rows), 1, 1}, dtype);
 }
 
+// Describes contiguous rows of floats, to be copied one by one as they are: of at most 256 columns,
+// a multiple of 4. (cp.async.bulk would need no description, but racecheck reports what it brings.)
+inline CUtensorMap row_map(const float* data, int64_t rows, int columns) {
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {columns * sizeof(float)};
+  return tensor_map<2>(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, sizes, strides,
+                       {cuuint32_t(columns), 1}, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -107,13 +116,13 @@ __device__ __forceinline__ void load_piece(void* shared, const CUtensorMap& map,
       : "memory");
 }
 
-// By one thread; so many bytes, a multiple of 16, between addresses that are multiples of 16.
-__device__ __forceinline__ void load_bytes(void* shared, const void* global, int bytes,
-                                           Barrier& barrier) {
+// A whole row of what row_map describes.
+__device__ __forceinline__ void load_row(void* shared, const CUtensorMap& map, int row,
+                                         Barrier& barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(0), "r"(row), "r"(shared_address(&barrier))
       : "memory");
 }
 

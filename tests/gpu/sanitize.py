@@ -111,6 +111,17 @@ def attentions(deterministic=False):
     torch.use_deterministic_algorithms(False)
 
 
+def attention_rings():
+    # More tiles than multiprocessors and more blocks of keys than slots, so that the Hopper kernels
+    # use every slot again.
+    for d in (64, 96, 128, 256):
+        tensors = [normal(2, h, 600, d).requires_grad_(d in (64, 128)) for h in (40, 8, 8)]
+        for causal in (True, False):
+            out = attention(*tensors, causal=causal)
+            if out.requires_grad:
+                backward(out)
+
+
 def norms_and_rotations():
     for rows, dim in [(1, 64), (67, 64), (5, 2048), (3, 4096 + 8)]:
         x, residual = (normal(rows, dim).requires_grad_() for _ in range(2))
@@ -156,6 +167,7 @@ FAMILIES = {
     "cached_attention": cached_attention,
     "sampling": sampling,
     "attention": attentions,
+    "attention_rings": attention_rings,
     "deterministic_attention": lambda: attentions(deterministic=True),
     "norms_and_rotations": norms_and_rotations,
     "products": products,

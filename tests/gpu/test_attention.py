@@ -116,7 +116,7 @@ def test_scores_far_above_those_before(
     assert_as_exact(out, plain_attention(*tensors, **options), truth, dtype)
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("s, s_kv", [(1, 500), (70, 131), (131, 70), (300, 1000)])
 def test_keys_of_another_length(check, d, s, s_kv):
     tensors = qkv(2, 6, 2, s, d, s_kv)

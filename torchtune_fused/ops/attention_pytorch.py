@@ -84,7 +84,6 @@ def cudnn_is_faster(
     return (
         not (hidden or deterministic or ours_wins)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
-        and d <= 128
         and s > 1  # which cuDNN refuses
         and (not causal or s == k.shape[2])
         and all(t.stride(0) >= t.stride(2) >= t.stride(1) >= t.stride(3) for t in (q, k, v))
