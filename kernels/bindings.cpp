@@ -50,6 +50,9 @@ std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask);
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual,
                      const std::optional<Tensor>& norm_weight, double eps, bool fp32_out);
+Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& length, const std::optional<Tensor>& mask, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const Tensor& residual);
 Tensor decode_gated(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
                     const std::optional<Tensor>& b_gate, const std::optional<Tensor>& b_up,
                     const std::optional<Tensor>& norm_weight, double eps, std::string activation);
@@ -141,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
+  m.impl("decode_attend", TORCH_BOX(&decode_attend));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));
   m.impl("decode_qkv", TORCH_BOX(&decode_qkv));
   m.impl("embedding_add_", TORCH_BOX(&embedding_add_));

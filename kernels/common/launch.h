@@ -15,15 +15,10 @@ inline bool runs_sm90_code() {
 }
 
 // Launches a kernel that follows the rule of programmatic dependent launch (common/ptx.cuh).
-//
-// While the stream is being captured on a 9.0 GPU, the graph gets a programmatic edge: the kernel
-// may start, and read its weights, before the one ahead of it has ended. Elsewhere the launch is
-// an ordinary one. Eager launches never overlap, because nothing says that the work queued just
-// before did not write the weights; within one captured step nothing writes them, and the graph
-// itself starts after all earlier work.
+// If it `overlaps`, it may start before the work ahead of it has ended.
 template <typename... KernelArgs, typename... Args>
-void launch_chained_in_clusters(void (*kernel)(KernelArgs...), int cluster, dim3 grid, dim3 block,
-                                size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+void launch_in_clusters(void (*kernel)(KernelArgs...), bool overlaps, int cluster, dim3 grid,
+                        dim3 block, size_t shared_bytes, cudaStream_t stream, Args&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -36,16 +31,28 @@ void launch_chained_in_clusters(void (*kernel)(KernelArgs...), int cluster, dim3
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
-  if (runs_sm90_code()) {
-    cudaStreamCaptureStatus status;
-    TTF_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    if (status == cudaStreamCaptureStatusActive) {
-      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attribute.val.programmaticStreamSerializationAllowed = 1;
-    }
+  if (overlaps) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   TTF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...));
+}
+
+// Launches a kernel that reads weights before it waits.
+//
+// While the stream is being captured on a 9.0 GPU, the graph gets a programmatic edge: the kernel
+// may start, and read its weights, before the one ahead of it has ended. Elsewhere the launch is
+// an ordinary one. Eager launches never overlap, because nothing says that the work queued just
+// before did not write the weights; within one captured step nothing writes them, and the graph
+// itself starts after all earlier work.
+template <typename... KernelArgs, typename... Args>
+void launch_chained_in_clusters(void (*kernel)(KernelArgs...), int cluster, dim3 grid, dim3 block,
+                                size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (runs_sm90_code()) TTF_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  launch_in_clusters(kernel, status == cudaStreamCaptureStatusActive, cluster, grid, block,
+                     shared_bytes, stream, static_cast<Args&&>(args)...);
 }
 
 // Without clusters.
@@ -54,6 +61,14 @@ void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t
                     cudaStream_t stream, Args&&... args) {
   launch_chained_in_clusters(kernel, 1, grid, block, shared_bytes, stream,
                              static_cast<Args&&>(args)...);
+}
+
+// Launches a kernel that reads and writes nothing before it waits: it may always overlap.
+template <typename... KernelArgs, typename... Args>
+void launch_waiting(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream, Args&&... args) {
+  launch_in_clusters(kernel, runs_sm90_code(), 1, grid, block, shared_bytes, stream,
+                     static_cast<Args&&>(args)...);
 }
 
 // ---- Reading a cache ahead ----------------------------------------------------------------------

@@ -106,6 +106,13 @@ __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], uint
                : "memory");
 }
 
+// The transpose of an 8 x 8 matrix of 16 bits, of which a lane holds two neighbours of row lane / 4.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // ---- Registers to shared memory, and from warpgroup to warpgroup (9.0 only) ----------------------
 
 __device__ __forceinline__ void store_matrix_x4(uint32_t shared, const uint32_t (&r)[4]) {

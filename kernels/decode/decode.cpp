@@ -1,10 +1,12 @@
 // The ops of one decoding step: checks on the tensors, and the launches.
 #include "decode/decode.h"
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "common/launch.h"
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
@@ -196,6 +198,69 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
   p.v_cache = v_cache.mutable_data_ptr();
   if (p.in.tokens) launch_decode_qkv(p, context.stream());
   return q;
+}
+
+Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& length, const std::optional<Tensor>& mask, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const Tensor& residual) {
+  const LaunchContext context(q);
+  DecodeAttendParams p = {};
+  p.dtype = half_dtype(q, "q");
+  TTF_CHECK(q.dim() == 4 && q.size(0) == 1 && q.size(2) == 1,
+            "q must have shape [1, heads, 1, d], got ", shape_string(q));
+  const int64_t heads = q.size(1), head_dim = q.size(3);
+  check_operand(q, "q", q, {1, heads, 1, head_dim});
+  check_operand(k_cache, "k_cache", q, {-1, -1, -1, head_dim});
+  const int64_t kv_heads = k_cache.size(1), max_len = k_cache.size(2);
+  check_operand(v_cache, "v_cache", q, {k_cache.size(0), kv_heads, max_len, head_dim});
+  TTF_CHECK((head_dim == 64 || head_dim == 128) && k_cache.size(0) > 0 && kv_heads > 0 &&
+                heads % kv_heads == 0 && heads <= 8 * kv_heads && max_len < 1 << 24,
+            "q must have 1 to 8 heads of 64 or 128 for each of the caches', got ", shape_string(q),
+            " and caches of ", shape_string(k_cache));
+  check_device(length, "length", q);
+  check_dtype(length, "length", ScalarType::Long);
+  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
+  if (mask) {
+    check_device(*mask, "mask", q);
+    check_dtype(*mask, "mask", ScalarType::Bool);
+    check_shape(*mask, "mask", {1, 1, max_len});
+    check_contiguous(*mask, "mask");
+    p.mask = static_cast<const unsigned char*>(mask->const_data_ptr());
+  }
+  DecodeLinearParams linear = {};
+  linear.n = weight.size(0);
+  check_operand(weight, "weight", q, {linear.n, heads * head_dim});
+  check_operand(bias, "bias", q, {linear.n});
+  check_operand(residual, "residual", q, {1, 1, linear.n});
+
+  p.parts.group = static_cast<int>(heads / kv_heads);
+  p.parts.head_dim = static_cast<int>(head_dim);
+  p.parts.length = static_cast<const int64_t*>(length.const_data_ptr());
+  p.parts.max_len = max_len;
+  p.parts.reads_ahead = may_read_cache_ahead(context.stream());
+  const int64_t rows = heads * kMaxSplits;
+  Tensor workspace = torch::stable::new_empty(q, {rows * (head_dim + 2)}, ScalarType::Float);
+  p.parts.outs = static_cast<float*>(workspace.mutable_data_ptr());
+  p.parts.stats = reinterpret_cast<float2*>(p.parts.outs + rows * head_dim);
+  p.q = q.const_data_ptr();
+  p.k = k_cache.const_data_ptr();
+  p.v = v_cache.const_data_ptr();
+  p.scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  p.kv_heads = static_cast<int>(kv_heads);
+
+  Tensor out = torch::stable::new_empty(q, {1, 1, linear.n});
+  linear.in.parts = p.parts;
+  linear.in.tokens = 1;
+  linear.in.k = static_cast<int>(heads * head_dim);
+  linear.in.dtype = p.dtype;
+  linear.in.x = p.q;  // some address of the tokens' memory, for loads of nothing
+  linear.weight = weight.const_data_ptr();
+  linear.bias = data_or_null(bias);
+  linear.residual = residual.const_data_ptr();
+  linear.out = out.mutable_data_ptr();
+  launch_decode_attend(p, context.stream());
+  launch_decode_linear(linear, context.stream());
+  return out;
 }
 
 }  // namespace torchtune_fused

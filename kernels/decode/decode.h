@@ -12,10 +12,24 @@
 namespace torchtune_fused {
 
 constexpr int kMaxTokens = 16;
+constexpr int kMaxSplits = 8;  // of the keys of one token
+
+// What attention of one token leaves for the output projection to merge: of each split of the keys,
+// the sum of the values by probability, and what the probabilities were taken from and add up to.
+struct AttentionParts {
+  float* outs;            // [kv_heads, kMaxSplits, group, head_dim]; null: no parts
+  float2* stats;          // [kv_heads, kMaxSplits, group]: maximum (times log2 e), sum
+  const int64_t* length;  // one element: slots filled
+  int64_t max_len;
+  bool reads_ahead;  // as launch.h says: length and old slots are known before the grid ahead ends
+  int group;   // query heads of a key head
+  int head_dim;
+};
 
 // The activations of a weight-streaming linear: x, normalised first if norm_weight is given.
 struct TokensParams {
   const void* x;            // [tokens, k]
+  AttentionParts parts;     // or, of one token, what x is merged from
   const void* norm_weight;  // [k], or null: no RMSNorm
   void* scratch;            // [tokens, k], where tokens_need_scratch() says so
   float eps;
@@ -83,6 +97,19 @@ struct DecodeQkvParams {
   bool norm_before_rope;
 };
 
+// Attention of one token over a cache of `*parts.length` slots, its own the last.
+struct DecodeAttendParams {
+  const void* q;  // [heads, head_dim]
+  const void* k;  // [kv_heads, max_len, head_dim]
+  const void* v;
+  const unsigned char* mask;  // bool [max_len]: the slots to be seen; null: all that are filled
+  AttentionParts parts;
+  double scale;  // of the logits
+  int kv_heads;
+  DType dtype;
+};
+
+void launch_decode_attend(const DecodeAttendParams& params, cudaStream_t stream);
 void launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 void launch_decode_gated(const DecodeGatedParams& params, cudaStream_t stream);
 void launch_decode_qkv(const DecodeQkvParams& params, cudaStream_t stream);

@@ -13,8 +13,12 @@ struct GatedJob {
     float gate, up;  // the biases
   };
 
+  // The down projection takes what this writes.
+  int64_t next_k() const { return p.n; }
   __host__ __device__ int pairs() const { return static_cast<int>(p.n); }
   static constexpr bool kLetsCacheBeRead = false;
+  static constexpr bool kMergesParts = false;
+  static constexpr bool kMayBeDeep = true;
 
   __device__ const T* row(int n, int side) const {
     return static_cast<const T*>(side ? p.up : p.gate) + static_cast<int64_t>(n) * p.in.k;

@@ -4,7 +4,7 @@
 namespace torchtune_fused {
 namespace {
 
-template <typename T, typename Out>
+template <typename T, typename Out, bool kParts = false>
 struct LinearJob {
   DecodeLinearParams p;
 
@@ -14,6 +14,8 @@ struct LinearJob {
 
   __host__ __device__ int pairs() const { return static_cast<int>((p.n + 1) / 2); }
   static constexpr bool kLetsCacheBeRead = false;
+  static constexpr bool kMergesParts = kParts;
+  static constexpr bool kMayBeDeep = false;
 
   __device__ const T* row(int pair, int side) const {
     const int64_t n = 2 * static_cast<int64_t>(pair) + side;
@@ -43,7 +45,9 @@ struct LinearJob {
 
 template <typename T>
 void launch(const DecodeLinearParams& p, cudaStream_t stream) {
-  if (p.fp32_out) {
+  if (p.in.parts.outs != nullptr) {
+    launch_stream_linear<T>(p.in, LinearJob<T, T, true>{p}, stream);
+  } else if (p.fp32_out) {
     launch_stream_linear<T>(p.in, LinearJob<T, float>{p}, stream);
   } else {
     launch_stream_linear<T>(p.in, LinearJob<T, T>{p}, stream);

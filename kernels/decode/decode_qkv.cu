@@ -12,6 +12,8 @@ struct QkvJob {
   DecodeQkvParams p;
 
   static constexpr bool kLetsCacheBeRead = true;
+  static constexpr bool kMergesParts = false;
+  static constexpr bool kMayBeDeep = false;
 
   struct Operands {
     float bias_a, bias_b;

@@ -5,6 +5,7 @@
 
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
+#include "decode/attention_parts.cuh"
 #include "decode/decode.h"
 
 namespace torchtune_fused {
@@ -96,6 +97,20 @@ __device__ __forceinline__ void stage_tokens(const TokensParams& p, uint32_t x_s
     }
     __syncthreads();
   }
+}
+
+// The same of one token that attention has left in parts.
+template <typename T>
+__device__ __forceinline__ void stage_parts(const TokensParams& p, int active, uint32_t x_shared) {
+  for (int piece = threadIdx.x; piece < padded_k(p.k) / 8; piece += kLinearThreads) {
+    uint4 v = {0, 0, 0, 0};
+    if (piece * 8 < p.k) {
+      const int head = piece * 8 / p.parts.head_dim, column = piece * 8 % p.parts.head_dim;
+      v = merge_parts<T>(p.parts, active, head, column);
+    }
+    store_shared_16(x_shared + piece / 8 * kChunkBytes + swizzle(0, piece % 8), v);
+  }
+  __syncthreads();
 }
 
 }  // namespace torchtune_fused

@@ -29,26 +29,32 @@ namespace torchtune_fused {
 constexpr int kPairs = 8;  // pairs of rows in a tile
 constexpr int kStageBytes = 2 * kPairs * kChunkBytes;
 // Stages of a warp's ring. On 9.0 exactly two blocks fit into an SM: one of the kernel that runs
-// and one of the next, which so spreads evenly over the SMs; on 8.6 one block must do with 99 KB.
-constexpr int kStagesSm90 = 5, kStagesSm80 = 4;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kStages = kStagesSm80;
-#else
-constexpr int kStages = kStagesSm90;
-#endif
+// and one of the next, which so spreads evenly over the SMs. A deep ring takes more, where the
+// kernel that follows leaves room for it; on 8.6 one block must do with 99 KB.
+constexpr int kDeepStages = 7;
+__host__ __device__ constexpr int stages_of(bool sm90, bool deep) {
+  return !sm90 ? 4 : deep ? kDeepStages : 5;
+}
 constexpr int kPace = 2;  // stages under way while a block waits for the grid ahead
-constexpr int kRingBytes = kWarps * kStages * kStageBytes;
 constexpr int kReduceBytes = 2 * kWarps * kPairs * 8;  // per token: two buffers of all warps' sums
 
 // A Job has:
 //   bool kLetsCacheBeRead;                      see "Reading a cache ahead" in common/launch.h
+//   bool kMergesParts;                          its one token comes from attention, in parts
+//   bool kMayBeDeep;                            then next_k() is the k of the linear that follows
 //   int pairs() const;
 //   const T* row(int pair, int side) const;     null where there is no such row
 //   Operands load(int pair, int token) const;   what the epilogue needs, fetched ahead
 //   void store(int pair, int token, float a, float b, const Operands&) const;
-template <typename T, typename Job, int kTokenTiles, bool kResident>
+template <typename T, typename Job, int kTokenTiles, bool kResident, bool kDeep = false>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     stream_linear_kernel(const __grid_constant__ TokensParams p, const __grid_constant__ Job job) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kStages = stages_of(true, kDeep);
+#else
+  constexpr int kStages = stages_of(false, kDeep);
+#endif
+  constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float squares[kMaxTokens * kWarps];  // of each token, by warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -68,6 +74,8 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
   int load_pair = warp < chunks ? first_pair : end_pair;  // k may be short
   int load_chunk = warp, load_tile = 0;
   const T* rows[kRowTiles][4];
+  int active = 0;
+  if (Job::kMergesParts && p.parts.reads_ahead) active = active_splits(filled_slots(p.parts));
   const uint64_t evict_first = evict_first_policy();
   const auto load_stage = [&](int stage) {
     if (load_pair < end_pair) {
@@ -124,7 +132,12 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
     copy_async_wait<kStages - 1>();  // the norm's weights came with the first group
     __syncthreads();                 // each thread waited for its own pieces of them
   }
-  if constexpr (kResident) stage_tokens<T>(p, x_shared, norm_shared, squares);
+  if constexpr (Job::kMergesParts) {
+    if (!p.parts.reads_ahead) active = active_splits(filled_slots(p.parts));
+    stage_parts<T>(p, active, x_shared);
+  } else if constexpr (kResident) {
+    stage_tokens<T>(p, x_shared, norm_shared, squares);
+  }
 
   const int group = lane / 4, quad = lane % 4;  // the row and the column pair of an mma fragment
   const uint32_t fragment = group * kChunkBytes + swizzle(group, quad);
@@ -283,8 +296,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
 
 // ---- Host ---------------------------------------------------------------------------------------
 
-inline int shared_bytes(const TokensParams& in, bool resident) {
-  const int ring = kWarps * kStageBytes * (runs_sm90_code() ? kStagesSm90 : kStagesSm80);
+constexpr int kStaticBytes = kMaxTokens * kWarps * 4;  // of shared memory, `squares`
+
+inline int shared_bytes(const TokensParams& in, bool resident, bool deep = false) {
+  const int ring = kWarps * kStageBytes * stages_of(runs_sm90_code(), deep);
   const int tokens = resident ? in.tokens * padded_k(in.k) * 2 : 0;
   const int norm = in.norm_weight ? padded_k(in.k) * 2 : 0;
   return ring + kReduceBytes * in.tokens + tokens + norm;
@@ -293,9 +308,20 @@ inline int shared_bytes(const TokensParams& in, bool resident) {
 // Whether a block finds room for the tokens, or else at least for the norm's weights. On 9.0 two
 // blocks must fit into an SM.
 inline bool fits(const TokensParams& in, bool resident) {
-  constexpr int kStaticBytes = kMaxTokens * kWarps * 4;
   const int limit = runs_sm90_code() ? 113 * 1024 : device_properties().max_shared_per_block;
   return shared_bytes(in, resident) <= limit - kStaticBytes;
+}
+
+// Whether a block with a deep ring finds room on an SM beside one of a linear that takes as many
+// tokens, of k = `next_k`.
+inline bool fits_deep(const TokensParams& in, int64_t next_k) {
+  if (!runs_sm90_code() || next_k > 1 << 16) return false;
+  TokensParams next = in;
+  next.norm_weight = nullptr;
+  next.k = static_cast<int>(next_k);
+  return fits(next, true) && shared_bytes(in, true, true) + shared_bytes(next, true) +
+                                     2 * kStaticBytes <=
+                                 226 * 1024;
 }
 
 template <typename T, typename Job>
@@ -308,11 +334,20 @@ void launch_stream_linear(TokensParams in, const Job& job, cudaStream_t stream) 
   }
   const bool resident = fits(in, true);
   const bool one = in.tokens <= 8;
-  const auto kernel =
-      resident ? one ? stream_linear_kernel<T, Job, 1, true> : stream_linear_kernel<T, Job, 2, true>
-      : one    ? stream_linear_kernel<T, Job, 1, false>
-               : stream_linear_kernel<T, Job, 2, false>;
-  const int bytes = shared_bytes(in, resident);
+  bool deep = false;
+  auto kernel = stream_linear_kernel<T, Job, 1, true>;
+  if constexpr (Job::kMergesParts) {
+    TTF_CHECK(resident, "a token of ", in.k, " elements does not fit into shared memory");
+  } else {
+    if (resident && !one) kernel = stream_linear_kernel<T, Job, 2, true>;
+    if (!resident && one) kernel = stream_linear_kernel<T, Job, 1, false>;
+    if (!resident && !one) kernel = stream_linear_kernel<T, Job, 2, false>;
+  }
+  if constexpr (Job::kMayBeDeep) {
+    deep = resident && one && fits_deep(in, job.next_k());
+    if (deep) kernel = stream_linear_kernel<T, Job, 1, true, true>;
+  }
+  const int bytes = shared_bytes(in, resident, deep);
   allow_shared_memory(kernel, bytes);
   const int blocks = std::min(pairs, device_properties().num_sms);
   launch_chained(kernel, blocks, kLinearThreads, bytes, stream, in, job);

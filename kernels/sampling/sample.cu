@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 template <typename Kernel>
 void launch(Kernel* kernel, dim3 grid, int threads, cudaStream_t stream, const SampleParams& p) {
   allow_shared_memory(kernel, 0);
-  launch_chained(kernel, grid, threads, 0, stream, p);
+  launch_waiting(kernel, grid, threads, 0, stream, p);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from torchtune_fused.ops import (
     add_rms_norm,
     attention,
     attention_decode,
+    decode_attend,
     decode_gated,
     decode_linear,
     decode_qkv,
@@ -68,6 +69,12 @@ def decode():
             interleaved=interleaved,
             head_norms=norms,
         )
+    for d, length, max_len in [(64, 1, 3), (64, 150, 150), (128, 900, 1000)]:
+        caches = [normal(1, 2, max_len, d) for _ in range(2)]
+        slots = torch.tensor([length], device=DEVICE)
+        for mask in (None, torch.rand(1, 1, max_len, device=DEVICE) < 0.5):
+            arguments = (normal(1, 6, 1, d), *caches, slots, normal(24, 6 * d))
+            decode_attend(*arguments, residual=normal(1, 1, 24), mask=mask)
 
 
 def cached_attention():

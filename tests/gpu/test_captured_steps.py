@@ -64,8 +64,7 @@ def logits_of_steps(model, tokens, steps, captured):
             if captured:
                 found.append(model(token, mask=mask, input_pos=position))
             else:
-                h = step.layers(model.tok_embeddings(token), mask, position)
-                found.append(step.unembed(h))
+                found.append(step(token, mask, position))
     delete_kv_caches(model)
     return torch.stack(found)
 

@@ -81,11 +81,9 @@ def test_steps_equal_the_modules(name, batch, new):
         expected = modules(tokens, mask=mask, input_pos=positions)
         # The last step says nothing of where it stands: the slots of the caches do.
         implied = start == 5 + 2 * new
-        h = step.layers(
-            fused.tok_embeddings(tokens), None if implied else mask, None if implied else positions
-        )
+        logits = step(tokens, None if implied else mask, None if implied else positions)
         # fp32 sums in another order, through two layers, on logits of order one.
-        torch.testing.assert_close(step.unembed(h), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for layer, other in zip(modules.layers, fused.layers, strict=True):
         assert layer.attn.kv_cache.size == other.attn.kv_cache.size == 5 + 3 * new
 
@@ -98,7 +96,7 @@ def test_left_padding_is_not_seen():
     mask = (real & (torch.arange(CACHE_LEN) <= 5))[:, None]
     expected = modules(tokens, mask=mask, input_pos=positions)
     step = DecodeStep(fused)
-    logits = step.unembed(step.layers(fused.tok_embeddings(tokens), mask, positions))
+    logits = step(tokens, mask, positions)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # as above
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune_fused.ops import rope
+from torchtune_fused.ops import attention_decode, rope
+from torchtune_fused.ops.decode_attend import decode_attend
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -84,3 +85,20 @@ def test_qkv_appends_to_the_cache(norm_before_rope):
     torch.library.opcheck(OPS.decode_qkv.default, (*arguments, 1e-6, False, *caches, cache_pos))
     with pytest.raises(ValueError, match="the cache is full: 7 of 9"):
         decode_qkv(x, wq, wk, wv, *caches, cache_pos + 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_is_attention_and_its_projection(masked):
+    h, h_kv, d, max_len, n = 4, 2, 64, 9, 10
+    q, weight, bias, residual = (
+        torch.randn(s) for s in [(1, h, 1, d), (n, h * d), (n,), (1, 1, n)]
+    )
+    caches, length = torch.randn(2, 1, h_kv, max_len, d), torch.tensor([7])
+    mask = torch.arange(max_len).view(1, 1, -1) % 3 > 0 if masked else None
+    out = decode_attend(q, *caches, length, weight, bias, residual=residual, mask=mask)
+    seen = attention_decode(q, *caches, length, mask).flatten()
+    torch.testing.assert_close(out.flatten(), F.linear(seen, weight, bias) + residual.flatten())
+    arguments = (q, *caches, length, mask, weight, bias, residual)
+    torch.library.opcheck(OPS.decode_attend.default, arguments)
+    with pytest.raises(ValueError, match=r"got \[1, 1, 256\]"):
+        decode_attend(q, *caches, length, weight[:, 1:], residual=residual)

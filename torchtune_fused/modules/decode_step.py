@@ -1,4 +1,4 @@
-"""A decoder's layers on the decoding ops: five launches a layer for the few tokens of a step."""
+"""A decoder on the decoding ops: five launches a layer for the few tokens of a step."""
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from torchtune_fused.modules.feed_forward import FusedFeedForward, activation_na
 from torchtune_fused.modules.rms_norm import FusedRMSNorm
 from torchtune_fused.modules.rope import rope_tables
 from torchtune_fused.modules.transformer_layer import FusedTransformerSelfAttentionLayer
-from torchtune_fused.ops import attention_decode, decode_gated, decode_linear, decode_qkv
+from torchtune_fused.ops import decode_attend, decode_gated, decode_linear, decode_qkv
 
 
 class DecodeStep:
-    """The layers of a decoder for up to 16 tokens, with KV caches, without gradients.
+    """A decoder for up to 16 tokens, with KV caches, without gradients.
 
     The modules themselves are not called: their weights go to ops that fuse across them (norm with
     projection, projection with residual). :meth:`obstacle` says why a decoder can't be run so.
@@ -53,34 +53,32 @@ class DecodeStep:
                 return f"layers.{name}.{what}"
         return None
 
-    def layers(self, h: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
-        """Run all layers, and advance their KV caches.
+    def __call__(self, x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        """Run all that the decoder has, and advance its KV caches.
 
         Args:
-            h (Tensor): Hidden state ``[b, s, embed_dim]`` of the new tokens.
+            x (Tensor): Tokens ``[b, s]`` or, for a decoder without embedding, the hidden state
+                ``[b, s, embed_dim]``.
             mask (Tensor | None): bool ``[b or 1, s, cache length]``; None is causal by slot.
             input_pos (Tensor | None): Positions ``[s]`` or ``[b, s]``; None: each token's slot.
 
         Returns:
-            Tensor: The hidden state after the last layer, of the same shape.
+            Tensor: fp32 logits ``[b, s, vocab_size]`` or, for a decoder without a head, the hidden
+            state after the last layer.
         """
+        decoder = self._decoder
         if input_pos is not None:
             input_pos = input_pos.long()  # torchtune counts the positions of padded rows in int32
-        for layer in self._decoder.layers:
+        h = x if decoder.tok_embeddings is None else decoder.tok_embeddings(x)
+        for layer in decoder.layers:
             h = _run_layer(layer, h, mask, input_pos, self._rope[layer.attn.pos_embeddings])
-        positions = [layer.attn.kv_cache.cache_pos for layer in self._decoder.layers]
-        torch._foreach_add_(positions, h.shape[1])
-        return h
+        out = h if decoder.norm is None else self._unembed(h)
+        # Last: between kernels that overlap, it would keep the head from reading its weights ahead.
+        positions = [layer.attn.kv_cache.cache_pos for layer in decoder.layers]
+        torch._foreach_add_(positions, x.shape[1])
+        return out
 
-    def unembed(self, h: Tensor) -> Tensor:
-        """The last norm and the head.
-
-        Args:
-            h (Tensor): Hidden state ``[b, s, embed_dim]`` after the last layer.
-
-        Returns:
-            Tensor: fp32 logits ``[b, s, vocab_size]``.
-        """
+    def _unembed(self, h: Tensor) -> Tensor:
         norm, output = self._decoder.norm, self._decoder.output
         weight = _head_weight(output)
         if weight is None or not _is_norm(norm):
@@ -122,11 +120,18 @@ def _run_layer(
     )
     # cache_pos counts up from the first free slot, so its element s is what the length will be.
     length = cache.cache_pos[s : s + 1]
-    seen = attention_decode(
-        q, cache.k_cache, cache.v_cache, length, mask, window=attn.sliding_window
-    )
     out = attn.output_proj
-    h = decode_linear(seen.transpose(1, 2).flatten(2), out.weight, out.bias, residual=h)
+    h = decode_attend(
+        q,
+        cache.k_cache,
+        cache.v_cache,
+        length,
+        out.weight,
+        out.bias,
+        residual=h,
+        mask=mask,
+        window=attn.sliding_window,
+    )
     gated = decode_gated(
         h,
         mlp.w1.weight,

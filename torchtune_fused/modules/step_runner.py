@@ -103,14 +103,7 @@ def _step_of(decoder: TransformerDecoder) -> Callable[..., Tensor] | None:
     if (obstacle := DecodeStep.obstacle(decoder)) is not None:
         warnings.warn(f"decoding calls the modules one by one, as {obstacle}", stacklevel=2)
         return None
-    step = DecodeStep(decoder)
-
-    def run(x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
-        h = x if decoder.tok_embeddings is None else decoder.tok_embeddings(x)
-        h = step.layers(h, mask, input_pos)
-        return h if decoder.norm is None else step.unembed(h)
-
-    return run
+    return DecodeStep(decoder)
 
 
 class _Layout:

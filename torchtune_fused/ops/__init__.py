@@ -8,6 +8,7 @@ from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
+from torchtune_fused.ops.decode_attend import decode_attend
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -29,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_decode",
+    "decode_attend",
     "decode_gated",
     "decode_linear",
     "decode_qkv",
