@@ -103,7 +103,7 @@ struct Consumer {
     const Place<Shape::kSlots> k = keys();
     wait(shared.k_full[k.slot], k.parity ^ never);
     const KeyBlock& block = shared.block[lane == 0 ? k.slot : Shape::kSlots];
-    return {.first = uniform(block.first), .notes = static_cast<unsigned>(uniform(block.notes))};
+    return {.notes = static_cast<unsigned>(uniform(block.notes))};
   }
 
   // ---- Products ---------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ struct Consumer {
     wgmma_wait<0>(s);
     release(shared.k_empty[keys().slot]);
     ++blocks;
-    if (block.general(consumer)) hide_scores(block.first);
+    if (block.general(consumer)) hide_scores(block.number() * kKeys);
     float decay[2];
     if (softmax.template update<true>(s, p.score_scale, decay)) scale_output(decay);
     keep_probabilities();
@@ -260,7 +260,7 @@ struct Consumer {
     bool decays = false, never = false;
     if constexpr (kGeneral) {
       release(shared.k_empty[key_slot]);
-      hide_scores(block.first);
+      hide_scores(block.number() * kKeys);
       decays = softmax.template update<true>(s, p.score_scale, decay);
       pin(s);
       // The compiler would put the softmax off until O is there. It can't before a loop that
@@ -358,7 +358,7 @@ struct Consumer {
   __device__ __forceinline__ void take_blocks() {
     note_seen(tile());
     KeyBlock block = next_block();
-    clear_values(block.first);
+    clear_values(block.number() * kKeys);
     bool ahead = false;  // whether probabilities still wait for their values
     for (bool more = true; more;) {
       more = !block.last();

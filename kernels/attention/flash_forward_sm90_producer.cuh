@@ -104,7 +104,7 @@ __device__ __forceinline__ void produce(const ForwardKernelParams& p,
       const KeyBlock& block = shared.block[v.slot];
       arrive_and_expect(shared.v_full[v.slot], sizeof(shared.v[0]));
       load<Shape::kKeys, Shape::kPieces>(shared.v[v.slot], p.v, block.batch, block.head,
-                                         block.first, shared.v_full[v.slot]);
+                                         block.number() * Shape::kKeys, shared.v_full[v.slot]);
     }
   };
 
@@ -144,8 +144,9 @@ __device__ __forceinline__ void produce(const ForwardKernelParams& p,
 
     for (bool more = tile.sees_keys; more;) {
       const int i = 31 - __clz(set.present);
-      KeyBlock block = {(group + i) * Shape::kKeys, __shfl_sync(~0u, set.notes, i), tile.batch,
-                        kv_head};
+      const unsigned number = group + i;
+      KeyBlock block = {__shfl_sync(~0u, set.notes, i) | number << KeyBlock::kNumberShift,
+                        tile.batch, kv_head};
       set.present ^= 1u << i;
       more = find_block();
       if (!more) block.notes |= KeyBlock::kLast;
@@ -154,8 +155,8 @@ __device__ __forceinline__ void produce(const ForwardKernelParams& p,
       if (leader) {
         shared.block[k.slot] = block;
         arrive_and_expect(shared.k_full[k.slot], sizeof(shared.k[0]));
-        load<Shape::kKeys, Shape::kPieces>(shared.k[k.slot], p.k, tile.batch, kv_head, block.first,
-                                           shared.k_full[k.slot]);
+        load<Shape::kKeys, Shape::kPieces>(shared.k[k.slot], p.k, tile.batch, kv_head,
+                                           block.number() * Shape::kKeys, shared.k_full[k.slot]);
       }
       load_values_until(blocks++);
     }

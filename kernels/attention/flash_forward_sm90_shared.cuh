@@ -62,15 +62,18 @@ struct QueryTile {
 
 // Each consumer sees a block of keys in whole, in part or not at all.
 struct KeyBlock {
-  int first;       // key
-  unsigned notes;  // bit 0: it is the tile's last; 1 + c: consumer c sees it; 9 + c: not in whole
+  // Bit 0: it is the tile's last; 1 + c: consumer c, of 3 at most, sees it; 4 + c: not in whole;
+  // from bit 8 on: its number.
+  unsigned notes;
   int batch, head;
 
   static constexpr unsigned kLast = 1;
   static constexpr unsigned kSeen = 2;
-  static constexpr unsigned kGeneral = 512;
-  static constexpr unsigned kSeenByAny = 255 * kSeen;
+  static constexpr unsigned kGeneral = 16;
+  static constexpr unsigned kSeenByAny = 7 * kSeen;
+  static constexpr int kNumberShift = 8;
 
+  __device__ __forceinline__ int number() const { return notes >> kNumberShift; }
   __device__ __forceinline__ bool last() const { return notes & kLast; }
   __device__ __forceinline__ bool seen(int consumer) const { return notes & kSeen << consumer; }
   // Whether the consumer needs the softcap or masks.
