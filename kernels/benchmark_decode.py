@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchtune_fused.build import load_kernels
 from torchtune_fused.kernels.timing import captured_microseconds as microseconds
 from torchtune_fused.ops import attention_decode
+from torchtune_fused.ops.decode_attend import decode_attend
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -89,10 +90,11 @@ class Model:
     def step(self, attend=True):
         x = self.x
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            seen = self.qkv(x, layer, cache)
+            q = self.qkv(x, layer, cache)
             if attend:
-                seen = self.attention(seen, cache)
-            x = decode_linear(seen.transpose(1, 2).flatten(2), layer["out"], residual=x)
+                x = decode_attend(q, *cache, self.cache_pos[1:2], layer["out"], residual=x)
+            else:
+                x = decode_linear(q.transpose(1, 2).flatten(2), layer["out"], residual=x)
             x = decode_linear(self.gated(x, layer), layer["down"], residual=x)
         return self.unembed(x)
 

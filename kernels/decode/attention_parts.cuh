@@ -30,7 +30,7 @@ __device__ __forceinline__ uint4 merge_parts(const AttentionParts& parts, int ac
                                              int column) {
   const int first_row = head / parts.group * kMaxSplits * parts.group + head % parts.group;
   const float2* stats = parts.stats + first_row;
-  const float* outs = parts.outs + first_row * parts.head_dim + column;
+  const float* outs = parts.outs + first_row * kAttendHeadDim + column;
   float maximum = -INFINITY, sum = 0.f, total[8] = {};
 #pragma unroll 1
   for (int first = 0; first < active; first += kSplitsAtOnce) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ uint4 merge_parts(const AttentionParts& parts, int ac
 #pragma unroll
     for (int i = 0; i < kSplitsAtOnce; ++i) {
       const int row = min(first + i, active - 1) * parts.group;
-      const auto* out = reinterpret_cast<const float4*>(outs + row * parts.head_dim);
+      const auto* out = reinterpret_cast<const float4*>(outs + row * kAttendHeadDim);
       stat[i] = __ldcg(stats + row);
       part[i][0] = __ldcg(out);
       part[i][1] = __ldcg(out + 1);

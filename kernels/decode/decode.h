@@ -12,18 +12,19 @@
 namespace torchtune_fused {
 
 constexpr int kMaxTokens = 16;
-constexpr int kMaxSplits = 8;  // of the keys of one token
+constexpr int kMaxSplits = 8;       // of the keys of one token
+constexpr int kAttendHeadDim = 64;  // the head dimension that decode_attend takes
 
 // What attention of one token leaves for the output projection to merge: of each split of the keys,
 // the sum of the values by probability, and what the probabilities were taken from and add up to.
 struct AttentionParts {
-  float* outs;            // [kv_heads, kMaxSplits, group, head_dim]; null: no parts
+  float* outs;            // [kv_heads, kMaxSplits, group, kAttendHeadDim]; null: no parts
   float2* stats;          // [kv_heads, kMaxSplits, group]: maximum (times log2 e), sum
   const int64_t* length;  // one element: slots filled
   int64_t max_len;
-  bool reads_ahead;  // as launch.h says: length and old slots are known before the grid ahead ends
-  int group;   // query heads of a key head
-  int head_dim;
+  // As launch.h says: the length and old slots may be read before the grid ahead ends.
+  bool reads_ahead;
+  int group;  // query heads of a key head
 };
 
 // The activations of a weight-streaming linear: x, normalised first if norm_weight is given.
@@ -99,8 +100,8 @@ struct DecodeQkvParams {
 
 // Attention of one token over a cache of `*parts.length` slots, its own the last.
 struct DecodeAttendParams {
-  const void* q;  // [heads, head_dim]
-  const void* k;  // [kv_heads, max_len, head_dim]
+  const void* q;  // [heads, kAttendHeadDim]
+  const void* k;  // [kv_heads, max_len, kAttendHeadDim]
   const void* v;
   const unsigned char* mask;  // bool [max_len]: the slots to be seen; null: all that are filled
   AttentionParts parts;

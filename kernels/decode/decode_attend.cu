@@ -20,21 +20,17 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxGroup = 8;
+constexpr int kSlots = 4;  // of a warp's ring
+constexpr int D = kAttendHeadDim;
 
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
-template <int D>
 constexpr int kRowBytes = 2 * D + 16;
-template <int D>
-constexpr int kSlotBytes = kUnitKeys * kRowBytes<D>;
-template <int D>
-constexpr int kSlots = D == 64 ? 4 : 2;  // of a warp's ring
-template <int D>
+constexpr int kSlotBytes = kUnitKeys * kRowBytes;
 constexpr int kMergeStride = D + 4;  // floats of a row of a warp's result, spread likewise
-template <int D>
-constexpr int kSharedBytes = std::max(kWarps * kSlots<D> * kSlotBytes<D>,
-                                      kWarps * kMaxGroup * kMergeStride<D> * 4);
+constexpr int kSharedBytes =
+    std::max(kWarps * kSlots * kSlotBytes, kWarps * kMaxGroup * kMergeStride * 4);
 
-template <typename T, int D>
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     decode_attend_kernel(const __grid_constant__ DecodeAttendParams p) {
   launch_dependents();
@@ -56,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* v_head = static_cast<const T*>(p.v) + kv_head * p.parts.max_len * D;
 
   // The producer: items 2i and 2i + 1 are the keys and the values of this warp's unit i.
-  const uint32_t ring = shared_address(shared) + warp * kSlots<D> * kSlotBytes<D>;
+  const uint32_t ring = shared_address(shared) + warp * kSlots * kSlotBytes;
   int load_unit = first_unit;
   bool load_values = false;
   const auto load_item = [&](int slot) {
@@ -67,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kUnitKeys * kPieces / 32; ++i) {
         const int row = (lane + 32 * i) / kPieces, piece = (lane + 32 * i) % kPieces;
         const bool valid = load_unit * kUnitKeys + row < length;
-        copy_async_16(ring + slot * kSlotBytes<D> + row * kRowBytes<D> + piece * 16,
+        copy_async_16(ring + slot * kSlotBytes + row * kRowBytes + piece * 16,
                       unit + (valid ? row * D + piece * 8 : 0), valid);
       }
       if (load_values) load_unit += kWarps;
@@ -78,11 +74,11 @@ __global__ void __launch_bounds__(kThreads)
   int filled = 0;
   if (p.parts.reads_ahead) {  // but for the last slot, which the kernel ahead is writing
 #pragma unroll 1
-    for (; filled < kSlots<D> && (load_unit + 1) * kUnitKeys < length; ++filled) load_item(filled);
+    for (; filled < kSlots && (load_unit + 1) * kUnitKeys < length; ++filled) load_item(filled);
     wait_for_grid();
   }
 #pragma unroll 1
-  for (; filled < kSlots<D>; ++filled) load_item(filled);
+  for (; filled < kSlots; ++filled) load_item(filled);
 
   // Q as B fragments: head `group` of the key head's.
   uint32_t q[D / 16][2];
@@ -104,15 +100,15 @@ __global__ void __launch_bounds__(kThreads)
   float head_max[2] = {-INFINITY, -INFINITY}, head_sum[2] = {0.f, 0.f};
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);  // exp2 instead of exp
   int slot = 0;
-  const auto next_slot = [&] { slot = slot + 1 == kSlots<D> ? 0 : slot + 1; };
+  const auto next_slot = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
 #pragma unroll 1
   for (int unit = first_unit; unit < end; unit += kWarps) {
     // S = K Q^T: 16 keys by 8 heads.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
     float s[4] = {};
     const uint32_t keys =
-        ring + slot * kSlotBytes<D> + lane % 16 * kRowBytes<D> + lane / 16 * 16;
+        ring + slot * kSlotBytes + lane % 16 * kRowBytes + lane / 16 * 16;
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
       uint32_t a[4];
@@ -150,10 +146,10 @@ __global__ void __launch_bounds__(kThreads)
                                      transpose_matrix(pack<T>(s[2], s[3]))};
 
     // out = out * decay + V^T P.
-    copy_async_wait<kSlots<D> - 1>();
+    copy_async_wait<kSlots - 1>();
     __syncwarp();
-    const uint32_t values = ring + slot * kSlotBytes<D> +
-                            (lane / 16 * 8 + lane % 8) * kRowBytes<D> + lane / 8 % 2 * 16;
+    const uint32_t values = ring + slot * kSlotBytes +
+                            (lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
 #pragma unroll
     for (int dd = 0; dd < D / 16; ++dd) {
       uint32_t a[4];
@@ -184,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; ++i) {
       const int head = quad * 2 + i % 2, column = dd * 16 + group + i / 2 * 8;
       if (head >= p.parts.group) continue;
-      merge[(warp * kMaxGroup + head) * kMergeStride<D> + column] = out[dd][i];
+      merge[(warp * kMaxGroup + head) * kMergeStride + column] = out[dd][i];
     }
   }
   __syncthreads();
@@ -199,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
       const float2 stat = stats[w][head];
       const float factor = stat.x == -INFINITY ? 0.f : exp2f(stat.x - maximum);
       const float4 part = *reinterpret_cast<const float4*>(
-          merge + (w * kMaxGroup + head) * kMergeStride<D> + column);
+          merge + (w * kMaxGroup + head) * kMergeStride + column);
       sum += stat.y * factor;
       total = {total.x + part.x * factor, total.y + part.y * factor, total.z + part.z * factor,
                total.w + part.w * factor};
@@ -210,16 +206,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int D>
-void launch(const DecodeAttendParams& p, cudaStream_t stream) {
-  const auto kernel = decode_attend_kernel<T, D>;
-  allow_shared_memory(kernel, kSharedBytes<D>);
-  launch_chained(kernel, p.kv_heads * kMaxSplits, kThreads, kSharedBytes<D>, stream, p);
-}
-
 template <typename T>
 void launch(const DecodeAttendParams& p, cudaStream_t stream) {
-  p.parts.head_dim == 64 ? launch<T, 64>(p, stream) : launch<T, 128>(p, stream);
+  allow_shared_memory(decode_attend_kernel<T>, kSharedBytes);
+  launch_chained(decode_attend_kernel<T>, p.kv_heads * kMaxSplits, kThreads, kSharedBytes, stream,
+                 p);
 }
 
 }  // namespace

@@ -105,7 +105,7 @@ __device__ __forceinline__ void stage_parts(const TokensParams& p, int active, u
   for (int piece = threadIdx.x; piece < padded_k(p.k) / 8; piece += kLinearThreads) {
     uint4 v = {0, 0, 0, 0};
     if (piece * 8 < p.k) {
-      const int head = piece * 8 / p.parts.head_dim, column = piece * 8 % p.parts.head_dim;
+      const int head = piece * 8 / kAttendHeadDim, column = piece * 8 % kAttendHeadDim;
       v = merge_parts<T>(p.parts, active, head, column);
     }
     store_shared_16(x_shared + piece / 8 * kChunkBytes + swizzle(0, piece % 8), v);

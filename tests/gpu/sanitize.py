@@ -69,11 +69,11 @@ def decode():
             interleaved=interleaved,
             head_norms=norms,
         )
-    for d, length, max_len in [(64, 1, 3), (64, 150, 150), (128, 900, 1000)]:
-        caches = [normal(1, 2, max_len, d) for _ in range(2)]
+    for length, max_len in [(1, 3), (150, 150), (900, 1000)]:
+        caches = [normal(1, 2, max_len, 64) for _ in range(2)]
         slots = torch.tensor([length], device=DEVICE)
         for mask in (None, torch.rand(1, 1, max_len, device=DEVICE) < 0.5):
-            arguments = (normal(1, 6, 1, d), *caches, slots, normal(24, 6 * d))
+            arguments = (normal(1, 6, 1, 64), *caches, slots, normal(24, 384))
             decode_attend(*arguments, residual=normal(1, 1, 24), mask=mask)
 
 

@@ -13,8 +13,9 @@ from torchtune_fused.ops.attention import has_kernel
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.decode_linear import check_tensors, decode_linear
 
-# What the kernels take, and longer caches want more splits than a projection can merge.
-_HEAD_DIMS, _MOST_HEADS, _MOST_SLOTS = (64, 128), 8, 2048
+# What is faster so: longer caches want more splits than the projection merges at once, and beside
+# larger heads the kernels that read their weights ahead find no room on an SM.
+_HEAD_DIM, _MOST_HEADS, _MOST_SLOTS = 64, 8, 8192
 
 
 def decode_attend(
@@ -31,8 +32,9 @@ def decode_attend(
 ) -> Tensor:
     """``linear(attention_decode(q, k_cache, v_cache, length, mask), weight, bias) + residual``.
 
-    On CUDA: fp16 or bf16, at most 16 tokens. For one token whose cache is short, two kernels of its
-    own; else those of :func:`attention_decode` and :func:`decode_linear`. There is no gradient.
+    On CUDA: fp16 or bf16, at most 16 tokens. One token with heads of 64 and a cache of at most 8192
+    slots has kernels of its own; all else goes to those of :func:`attention_decode` and
+    :func:`decode_linear`. There is no gradient.
 
     Args:
         q (Tensor): queries of shape ``[b, h, s, d]``, as ``decode_qkv`` returns them.
@@ -54,8 +56,8 @@ def decode_attend(
         ValueError: if shapes or devices don't fit.
     """
     (b, h, s, d), h_kv, max_len = q.shape, *k_cache.shape[1:3]
-    short = b * s == 1 and d in _HEAD_DIMS and h <= _MOST_HEADS * h_kv and max_len <= _MOST_SLOTS
-    if not (short and window is None and has_kernel(q)):
+    fits = b * s == 1 and d == _HEAD_DIM and h <= _MOST_HEADS * h_kv and max_len <= _MOST_SLOTS
+    if not (fits and window is None and has_kernel(q)):
         seen = attention_decode(q, k_cache, v_cache, length, mask, window=window)
         return decode_linear(seen.transpose(1, 2).flatten(2), weight, bias, residual=residual)
     n = weight.shape[0]
