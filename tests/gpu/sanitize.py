@@ -31,8 +31,8 @@ from torchtune_fused.ops import (
     qk_norm_rope_append,
     qkv_linear,
     rms_norm,
+    tied_embedding,
 )
-from torchtune_fused.ops.tied_embedding import tied_embedding
 
 DEVICE = "cuda"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchtune_fused.ops.tied_embedding import tied_embedding
+from torchtune_fused.ops import tied_embedding
 
 ops = torch.ops.torchtune_fused
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

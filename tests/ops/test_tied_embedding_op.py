@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune_fused.ops.tied_embedding import tied_embedding
+from torchtune_fused.ops import tied_embedding
 
 IDS = torch.tensor([[3, 0, 3, 9], [9, 3, 1, 0]])
 

@@ -9,7 +9,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune_fused.modules._plain import is_plain, share_state
 from torchtune_fused.modules.loss import ChunkCount, leave_head
 from torchtune_fused.modules.step_runner import StepRunner
-from torchtune_fused.ops.tied_embedding import tied_embedding
+from torchtune_fused.ops import tied_embedding
 
 
 class CapturedSteps(TransformerDecoder):
