@@ -217,21 +217,6 @@ def test_every_differentiable_op_under_torch_compile():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        lambda x: torchtune_fused.ops.rms_norm(x, randn(8)),
-        lambda x: torchtune_fused.ops.gated_mlp(x, *(randn(*s) for s in MLP[1:])),
-    ],
-    ids=["rms_norm", "gated_mlp"],
-)
-def test_a_gradient_of_a_gradient_is_refused(op):
-    x = randn(2, 5, 8, grad=True)
-    (grad,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        (grad + x).square().sum().backward()
-
-
 def test_ops_are_seen_by_dispatch_modes_without_gradients():
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

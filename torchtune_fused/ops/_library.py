@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from torchtune_fused.build import load_kernels
 
@@ -132,10 +131,8 @@ def register_autograd(
         setup(ctx, args, output)
         return output
 
-    # By its name a profiler knows it, forward and backward. Gradients have none themselves: what
-    # the formula is made of would give wrong ones.
-    once = once_differentiable(formula)
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+    # By its name a profiler knows it, forward and backward.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
     op.function = type(f"torchtune_fused::{name}", (Function,), methods)
 
 
