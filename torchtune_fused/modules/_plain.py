@@ -1,5 +1,8 @@
 """When a fused op may stand in for calling a module: nobody could tell the difference."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -55,6 +58,16 @@ def adds_to(residual: Tensor, x: Tensor) -> bool:
 def in_autocast(x: Tensor) -> bool:
     """Whether autocast chooses dtypes on the device of ``x``, which it doesn't for our ops."""
     return torch.is_autocast_enabled(x.device.type)
+
+
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within, calls of ``module`` run ``forward`` as its own: hooks and FSDP see no change."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def share_state(module: nn.Module, stock: type[nn.Module], fused: type[nn.Module]) -> nn.Module:

@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TiedLinear, TransformerDecoder
 
-from torchtune_fused.modules._plain import is_plain, share_state
+from torchtune_fused.modules._plain import forward_as, is_plain, share_state
 from torchtune_fused.modules.loss import ChunkCount, leave_head
 from torchtune_fused.modules.step_runner import StepRunner
 from torchtune_fused.ops import tied_embedding
@@ -48,12 +48,8 @@ class HeadForLoss(TransformerDecoder):
             views.append(view)
             return h
 
-        # As if it were the module's own forward, so that the rest of torchtune's runs as it is.
-        embedding.forward = embed
-        try:
+        with forward_as(embedding, embed):  # so that the rest of torchtune's forward runs as it is
             hidden = super().forward(tokens, **kwargs)
-        finally:
-            del embedding.forward
         leave_head(hidden, *views)
         return hidden
 

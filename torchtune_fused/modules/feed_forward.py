@@ -88,15 +88,16 @@ class FusedFeedForward(FeedForward):
         Returns:
             Tensor: shape ``[..., out_dim]``, dtype of ``x``.
         """
+        if residual is not None and not adds_to(residual, x):
+            return residual + self.forward(x)
         dtype = self.compute_dtype
         if dtype is not None and x.dtype != dtype:
             out = self.forward(x.to(dtype)).to(x.dtype)
-            return out if residual is None else residual + out
-        addend = residual if residual is not None and adds_to(residual, x) else None
-        out = self._as_op(x, addend)
-        if out is None:
-            out, addend = super().forward(x), None
-        return out if addend is residual else residual + out
+        elif (fused := self._as_op(x, residual)) is not None:
+            return fused
+        else:
+            out = super().forward(x)
+        return out if residual is None else residual + out
 
     def _as_op(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():

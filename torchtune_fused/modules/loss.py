@@ -15,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules import loss as stock
 from torchtune.modules.tied_linear import TiedLinear
 
-from torchtune_fused.modules._plain import is_plain_tensor
+from torchtune_fused.modules._plain import forward_as, is_plain_tensor
 from torchtune_fused.ops import linear_cross_entropy
 
 
@@ -88,12 +88,9 @@ class LinearCrossEntropyLoss(stock.CEWithChunkedOutputLoss):
         owner = _weight_owner(self._model[0])
         if not isinstance(owner, FSDPModule):
             return self._loss(outputs, _left_head(outputs, owner.weight), targets)
-        # As if it were the module's own forward, so that FSDP gathers the weight around it.
-        owner.forward = lambda hidden: self._loss(hidden, owner.weight, targets)
-        try:
+        # So that FSDP gathers the weight around it.
+        with forward_as(owner, lambda hidden: self._loss(hidden, owner.weight, targets)):
             return owner(outputs)
-        finally:
-            del owner.forward
 
     def compute_cross_entropy(
         self, logits: Tensor, labels: Tensor, normalize: bool = True

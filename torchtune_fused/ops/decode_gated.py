@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, check_shape, define_op
 from torchtune_fused.ops.decode_linear import check_tensors, normed
-from torchtune_fused.ops.gated_activation import ACTIVATIONS
+from torchtune_fused.ops.gated_activation import ACTIVATIONS, check_activation
 
 
 def decode_gated(
@@ -46,10 +46,7 @@ def decode_gated(
         ValueError: if shapes or devices don't fit, or the activation is unknown.
     """
     op = "decode_gated"
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    check_activation(op, activation)
     n, k = w_gate.shape
     check_shape(op, "x", x, (*x.shape[:-1], k))
     check_tensors(

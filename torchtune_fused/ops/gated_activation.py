@@ -33,8 +33,6 @@ def check_activation(op: str, activation: str) -> None:
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` of two contiguous tensors of one shape; no gradients."""
-    if gate.is_cpu:  # straight: only ops call this, and one op within another is seen by nobody
-        return _forward(gate, up, activation)
     return call("gated_activation", gate, up, activation)
 
 
