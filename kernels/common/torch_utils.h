@@ -33,6 +33,9 @@ class LaunchContext {
     TTF_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream) == TORCH_SUCCESS,
               "torch has no current stream on device ", device_index_);
     stream_ = static_cast<cudaStream_t>(stream);
+    // The guard does nothing in a thread whose device it is already, such as autograd's in its first
+    // call. The driver's own functions, unlike the runtime's, then find no context to work in.
+    TTF_CUDA_CHECK(cudaSetDevice(device_index_));
   }
   cudaStream_t stream() const { return stream_; }
 

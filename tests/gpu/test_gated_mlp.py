@@ -1,5 +1,7 @@
 """The gated MLP and its kernels on the GPU, against fp64 and plain PyTorch."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +159,12 @@ def test_memory_kept_and_used_for_the_backward_pass():
     out.backward(torch.ones_like(out))
     # On top of these: the product, and the gradients of gate and up.
     assert torch.cuda.max_memory_allocated() - before < 3.75 * projection
+
+
+def test_first_work_of_a_thread():
+    # As autograd's thread does, when memory comes from torch's cache and no other op was first.
+    shapes = [(256, 512), (1024, 512), (1024, 512), (512, 1024)]
+    tensors = [normal(*s, dtype=torch.bfloat16, scale=0.05) for s in shapes]
+    expected = gated_mlp(*tensors).clone()
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(gated_mlp, *tensors).result(), expected)
