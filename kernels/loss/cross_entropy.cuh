@@ -24,7 +24,7 @@ constexpr int kMaxCluster = 8;
 template <typename T, bool kSoftcap>
 constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : kSoftcap ? 2 : 3;
 
-// The arithmetic for logits of type T.
+// 16 bytes of logits of type T.
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kWidth = 16 / sizeof(T);
@@ -112,8 +112,8 @@ __device__ __forceinline__ LogSumExp<Acc> merge_cluster(LogSumExp<Acc> mine,
   return all;
 }
 
-// Calls f(i, vector i) for the vectors from `begin` to `end` that are this thread's: it loads some
-// ahead of their use.
+// Calls f(i, vector i) for this thread's vectors from `begin` to `end`, and loads kAhead of them
+// before it uses the first.
 template <typename T, typename Load, typename F>
 __device__ __forceinline__ void for_vectors(int begin, int end, Load load, F f) {
   constexpr int kAhead = Vector<T>::kAhead;
@@ -180,8 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kSoftcap>)
   };
   const auto from_cache = [cache](int i) { return cache[i]; };
 
-  // Read before anybody writes. What is no token has no loss: NaN shows it without a word to the
-  // host.
+  // Read before anybody writes. The loss of what is no token is NaN: the host hears nothing of it.
   const bool is_token = target >= 0 && target < p.vocab;
   const Acc at_target = is_token ? logit(logits[target]) : static_cast<Acc>(NAN);
   LogSumExp<Acc> lse;
