@@ -58,7 +58,7 @@ def cudnn_is_faster(
     case                    who        why
     ======================  =========  ==========================================================
     9.0, causal, d = 64 or  ours       our Hopper kernel is as fast or faster: see
-    d = 128                            kernels/PERFORMANCE.md
+    d = 128                            kernels/attention/PERFORMANCE.md
     9.0, causal at another  cuDNN      the faster one there
     d, or no mask
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
