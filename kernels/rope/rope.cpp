@@ -1,5 +1,5 @@
 // Queries and keys normalised and rotated: checks on the tensors, and the launches.
-#include "rope/rope.h"
+#include "rope/rope_tensors.h"
 
 #include <optional>
 #include <string>
@@ -108,6 +108,15 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
 }
 
 }  // namespace
+
+RopeParams rope_in_place(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin,
+                         const std::optional<Tensor>& input_pos, bool interleaved, bool inverse) {
+  RopeParams p = params_of(q, cos, sin, input_pos, interleaved);
+  p.inverse = inverse;
+  p.of[0] = heads_of(q, "q", q, q);
+  p.of[1] = heads_of(k, "k", q, k);
+  return p;
+}
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
             const std::optional<Tensor>& input_pos, bool interleaved, bool inverse) {

@@ -160,7 +160,12 @@ CALLS = {
     ],
     "attention_backward": lambda: [
         *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
-        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True),
+        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True, *ALONE, False),
+    ],
+    "attention_backward rotated": lambda: [
+        *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
+        *(*ALONE, True, 0.3, None, None, False),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), True),
     ],
     "attention_decode": lambda: [
         *(randn(2, 6, 1, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),

@@ -180,15 +180,15 @@ def _cpu(q, k, v, mask, kinds, documents, causal, scale, window, softcap):
 
 
 def _cpu_backward(
-    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, deterministic
+    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, *others
 ):
     tensors, hidden = (grad, q, k, v, out, lse), (mask, kinds, documents)
     if softcap is not None:
-        return closed_form_backward(
-            *tensors, *hidden, causal, scale, window, softcap, deterministic
-        )
+        return closed_form_backward(*tensors, *hidden, causal, scale, window, softcap, *others)
+    _, *rotation = others
     bias, causal = _cpu_mask(q, k, dense_mask(mask, kinds, k.shape[2]), causal, window, documents)
-    grads = _flash_backward(*tensors, 0.0, causal, attn_mask=bias, scale=scale)
+    grad_q, grad_k, grad_v = _flash_backward(*tensors, 0.0, causal, attn_mask=bias, scale=scale)
+    grads = _turned_back(grad_q, *rotation), _turned_back(grad_k, *rotation), grad_v
     return tuple(as_bshd(t) for t in grads)
 
 
@@ -219,14 +219,17 @@ def closed_form(q, k, v, mask, kinds, documents, causal, scale, window, softcap)
     return as_bshd(out.view(b, h, s, d).to(q.dtype)), lse.view(b, h, s)
 
 
+# Where cos is given, q and k are rotations by `rope`, and the gradients are those of what they were
+# before; the same bits in every run if deterministic.
 @define_op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? mask, Tensor? mask_kinds, Tensor? documents, bool causal, float scale, int? window, "
-    "float? softcap, bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "float? softcap, bool deterministic, Tensor? cos, Tensor? sin, Tensor? input_pos, "
+    "bool interleaved) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     cpu=_cpu_backward,
 )
 def closed_form_backward(
-    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, deterministic
+    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, _, *rotation
 ):
     """Gradients of attention from its output and log-sum-exp; the reference of every device."""
     groups = (k.shape[1], q.shape[1] // k.shape[1])
@@ -238,8 +241,8 @@ def closed_form_backward(
     k_, v_ = at_least_fp32(k).unsqueeze(2), at_least_fp32(v).unsqueeze(2)
     grad_v = (probs.mT @ grad).sum(2)
     grad_scores = (grad @ v_.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(probs).mul_(slope)
-    grad_q = (grad_scores @ k_).flatten(1, 2)
-    grad_k = (grad_scores.mT @ q_).sum(2)
+    grad_q = _turned_back((grad_scores @ k_).flatten(1, 2), *rotation)
+    grad_k = _turned_back((grad_scores.mT @ q_).sum(2), *rotation)
     return tuple(as_bshd(t.to(q.dtype)) for t in (grad_q, grad_k, grad_v))
 
 
@@ -257,6 +260,15 @@ def _hide(scores, mask, kinds, documents, causal, window):
     seen = visible(s, s_kv, mask, causal, window, documents, scores.device)
     if seen is not None:
         scores.view(b, h_kv * groups, s, s_kv).masked_fill_(~seen, -torch.inf)
+
+
+def _turned_back(grad, cos, sin, input_pos, interleaved):
+    """The gradient of what was rotated, from that of its rotation: ``[b, h, s, d]``."""
+    if cos is None:
+        return grad
+    return call("rope", grad.transpose(1, 2), cos, sin, input_pos, interleaved, True).transpose(
+        1, 2
+    )
 
 
 @torch.library.register_fake("torchtune_fused::attention", lib=LIBRARY)
@@ -293,6 +305,7 @@ def _autograd(ctx, grad):
         "attention_backward",
         *(unit_stride(grad), q, k, v, out, lse, *hidden),
         *(ctx.causal, ctx.scale, ctx.window, ctx.softcap, deterministic),
+        *(None, None, None, False),
     )
     return *grads, *[None] * 7
 
