@@ -91,10 +91,17 @@ void embedding_add_(Tensor grad_weight, const Tensor& ids, const Tensor& order, 
 // mlp/grouped_product.cpp
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                            std::vector<int64_t> terms, bool across,
-                           const std::optional<Tensor>& addend);
+                           const std::optional<Tensor>& addend, const std::optional<Tensor>& cos,
+                           const std::optional<Tensor>& sin,
+                           const std::optional<Tensor>& input_pos, bool interleaved,
+                           int64_t steps);
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                                     std::vector<int64_t> terms, bool across,
-                                    const std::optional<Tensor>& addend);
+                                    const std::optional<Tensor>& addend,
+                                    const std::optional<Tensor>& cos,
+                                    const std::optional<Tensor>& sin,
+                                    const std::optional<Tensor>& input_pos, bool interleaved,
+                                    int64_t steps);
 
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,

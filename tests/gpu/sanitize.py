@@ -31,6 +31,7 @@ from torchtune_fused.ops import (
     qk_norm_rope_append,
     qkv_linear,
     rms_norm,
+    rotary_self_attention,
     tied_embedding,
 )
 
@@ -167,6 +168,10 @@ def products():
     x, residual = normal(66 * 256 - 1, 72), normal(66 * 256 - 1, 72).requires_grad_()
     matrices = weight(104, 72), weight(104, 72), weight(72, 104)
     backward(gated_mlp(x, *matrices, residual=residual))
+    x, matrices = normal(1, 22 * 256 - 1, 72).requires_grad_(), [weight(192, 72) for _ in range(3)]
+    tables = torch.rand(22 * 256, 32, 2, device=DEVICE).unbind(-1)
+    layers = (AdaptedLinear(matrix) for matrix in matrices)
+    backward(rotary_self_attention(x, *layers, *tables, interleaved=True, window=64, causal=True))
 
 
 FAMILIES = {

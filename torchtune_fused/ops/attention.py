@@ -34,6 +34,7 @@ from torchtune_fused.ops.attention_pytorch import (
     cudnn_is_faster,
     pytorch_attention,
 )
+from torchtune_fused.ops.rope import NO_ROTATION, Rotation
 
 # Below this, scores lie so close to the cap that its slope can't be told from bf16 probabilities,
 # which is all that the backward kernels keep.
@@ -98,7 +99,7 @@ def attention(
     window = check_window("attention", window, s_kv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda:
-        if not has_kernel(q) or (softcap is not None and softcap < _LEAST_SOFTCAP):
+        if not has_kernel(q, q.shape[-1]) or (softcap is not None and softcap < _LEAST_SOFTCAP):
             mask = dense_mask(mask, kinds, s_kv)
             if mask is not None or documents is not None or window is not None:
                 mask, causal = visible(s, s_kv, mask, causal, window, documents, q.device), False
@@ -144,13 +145,13 @@ def _kernels_are_loaded() -> bool:
     return load_kernels()
 
 
-def has_kernel(q: Tensor) -> bool:
-    """Whether the kernels take queries of this device, dtype and head dimension."""
+def has_kernel(like: Tensor, head_dim: int) -> bool:
+    """Whether the kernels take queries of this head dimension, on the device and of the dtype."""
     return (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
+        like.is_cuda
+        and like.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
         and _kernels_are_loaded()
     )
 
@@ -294,20 +295,26 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad):
-    q, k, v, out, lse, *hidden = ctx.saved_tensors
+    *tensors, mask, kinds, documents = ctx.saved_tensors
+    options = mask, kinds, documents, ctx.causal, ctx.scale, ctx.window, ctx.softcap
+    return *attention_gradients(grad, tensors, options), *[None] * 7
+
+
+def attention_gradients(grad, tensors, options, rotation: Rotation = NO_ROTATION):
+    """The gradients of q, k and v, or of what q and k were before a rotation.
+
+    ``tensors`` are q, k, v and what the op gave, ``options`` its other arguments.
+    """
+    (q, k, v, out, lse), (*hidden, causal, scale, window, softcap) = tensors, options
     deterministic = torch.are_deterministic_algorithms_enabled()
     if q.is_cuda:
-        others = any(t is not None for t in (*hidden, ctx.window, ctx.softcap))
-        if cudnn_is_faster(q, k, v, ctx.causal, others, deterministic):
-            grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, ctx.causal, ctx.scale)
-            return *grads, *[None] * 7
-    grads = call(
-        "attention_backward",
-        *(unit_stride(grad), q, k, v, out, lse, *hidden),
-        *(ctx.causal, ctx.scale, ctx.window, ctx.softcap, deterministic),
-        *(None, None, None, False),
+        others = any(t is not None for t in (*hidden, window, softcap))
+        if cudnn_is_faster(q, k, v, causal, others, deterministic):
+            grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, causal, scale)
+            return *(_turned_back(t, *rotation) for t in grads[:2]), grads[2]
+    return call(
+        "attention_backward", unit_stride(grad), *tensors, *options, deterministic, *rotation
     )
-    return *grads, *[None] * 7
 
 
 register_autograd("attention", _autograd, _setup_context)
