@@ -18,7 +18,7 @@ bool has_rows_of_16_bytes(const Tensor& t) {
 
 bool is_dense(const Tensor& t) { return has_rows_of_16_bytes(t) && t.is_contiguous(); }
 
-// Whether the kernel rotates the heads of all sums but the last: rotate_heads.cuh says what it takes.
+// Whether the kernel rotates the heads of all sums but the last: see rotate_heads.cuh.
 bool can_rotate(const std::vector<Tensor>& seconds, const std::vector<int64_t>& terms, bool across,
                 const Tensor& cos, const Tensor& sin, bool interleaved) {
   const auto *cosines = static_cast<const float*>(cos.const_data_ptr()),
@@ -125,8 +125,8 @@ std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tens
   if (cos) {
     TTF_CHECK(steps > 0 && rows % steps == 0, "rows must be a multiple of steps, got ", rows,
               " and ", steps);
-    p.rope = rope_angles(x, rows / steps, steps, 2 * cos->size(1), *cos, *sin, positions,
-                         interleaved);
+    p.rope =
+        rope_angles(x, rows / steps, steps, 2 * cos->size(1), *cos, *sin, positions, interleaved);
   }
   launch_grouped_product_sm90(p, context.stream());
   return outs;

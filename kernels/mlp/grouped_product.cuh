@@ -1,8 +1,8 @@
 // Up to three sums of matrix products in one launch on Hopper: linear layers of one input with
 // their adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad
-// weight. No sum leaves the registers before it is complete, so none is read back from memory. To the
-// only sum of a launch a matrix can be added, such as a residual stream; queries and keys can be
-// rotated.
+// weight. No sum leaves the registers before it is complete, so none is read back from memory. To
+// the only sum of a launch a matrix can be added, such as a residual stream; queries and keys can
+// be rotated.
 //
 // Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's tile.
 // What is added comes through the same ring, its 128 x 256 in two stages after those of the products.

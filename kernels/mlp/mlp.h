@@ -67,8 +67,8 @@ struct GatedLinearBackwardParams {
 };
 
 // Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`,
-// and of the addend, if there is one; then there is one sum only. With `rope`, the heads of all sums
-// but the last are turned by the angles of their tokens.
+// and of the addend, if there is one; then there is one sum only. With `rope`, the heads of all
+// sums but the last are turned by the angles of their tokens.
 constexpr int kMaxSums = 3, kMaxTerms = 6;
 constexpr int kClusterTile = 256;  // rows and columns that a cluster of two blocks takes at a time
 

@@ -4,8 +4,8 @@
 // (hopper.cuh): both channels of a pair, be they neighbours or half a head apart, if heads of 64 or
 // 128 channels fill the tile. All heads of a row have their angles in common.
 //
-// Tables, in fp32, as torchtune keeps them: of a position, cosine and sine of a pair side by side if
-// channels are neighbours, else the cosines of all pairs, and the sines.
+// Tables, in fp32, as torchtune keeps them: of a position, cosine and sine of a pair side by side
+// if channels are neighbours, else the cosines of all pairs, and the sines.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace torchtune_fused {
 // The angles of a thread's rows, for as many pairs as 64 channels have in it.
 struct Angles {
   static constexpr int kPairs = 8;
-  int position[2];         // -1: the tables don't have it
+  int position[2];           // -1: the tables don't have it
   float2 values[2][kPairs];  // of neighbours (cos, sin); else two cosines each, then two sines each
 
   // `row` is the first one of the warpgroup.
@@ -31,8 +31,8 @@ struct Angles {
     }
   }
 
-  // Those of the chunk-th 64 neighbouring channels of a head; else of the chunk-th 32 channels and of
-  // those half a head further on.
+  // Those of the chunk-th 64 channels of a head, if pairs are neighbours; else of the chunk-th 32
+  // and of those half a head further on.
   __device__ __forceinline__ void load(const RopeParams& rope, int chunk) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -78,9 +78,8 @@ __device__ __forceinline__ void rotate_heads(float (&sum)[128], const RopeParams
         const float cos = angles.position[i] < 0 ? NAN : angle.x, sin = angle.y;
 #pragma unroll
         for (int head = 0; head < 256 / kHeadDim; ++head) {
-          const int first =
-              head * kHeadDim / 2 + 2 * i +
-              (kInterleaved ? 4 * (8 * chunk + j) : 4 * (4 * chunk + j / 2) + j % 2);
+          const int first = head * kHeadDim / 2 + 2 * i +
+                            (kInterleaved ? 4 * (8 * chunk + j) : 4 * (4 * chunk + j / 2) + j % 2);
           float& a = sum[first];
           float& b = sum[first + (kInterleaved ? 1 : kHeadDim / 4)];
           const float turned = a * cos - b * sin;

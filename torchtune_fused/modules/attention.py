@@ -135,7 +135,7 @@ class FusedAttention(MultiHeadAttention):
     ) -> Tensor | None:
         """Self-attention before its output projection: as one op, where that comes to the same."""
         tables = rope_tables(self.pos_embeddings)
-        if tables is None or self.q_norm is not None:
+        if tables is None or 2 * tables[0].shape[1] != self.head_dim or self.q_norm is not None:
             return None
         hidden = self._hidden(x, mask, causal, window)
         if hidden is None:
