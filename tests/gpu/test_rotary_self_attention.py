@@ -51,7 +51,6 @@ POSITIONS = {
         (2, 517, 512, 4, 2, 256, (0, 0, 0), False, "causal", "none"),
         (2, 600, 256, 8, 8, 80, (0, 4, 0), False, "mask", "tokens"),
         (2, 600, 256, 8, 2, 128, (8, 8, 8), True, "nothing", "row"),
-        (1, 1, 64, 2, 1, 64, (0, 0, 0), False, "causal", "tokens"),
     ],
 )
 def test_output_and_gradients(
