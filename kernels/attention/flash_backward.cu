@@ -34,8 +34,8 @@ bool sm90_takes(const FlashAttentionBackwardParams& p) {
 }
 #endif
 
-void launch_gradients(const FlashAttentionBackwardParams& p, const FlashBackwardWorkspace& workspace,
-                      cudaStream_t stream) {
+void launch_gradients(const FlashAttentionBackwardParams& p,
+                      const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
 #ifdef TTF_HAS_SM90
   if (sm90_takes(p)) {
     if (p.forward.head_dim == 64) return FlashBackwardSm90<64>::launch(p, workspace, stream);

@@ -1,5 +1,5 @@
-// The passes around the backward kernels: statistics of the queries before, and after them dQ in its
-// own type, turned back together with dK if queries and keys are rotations.
+// The passes around the backward kernels: statistics of the queries before, and dQ in its own type
+// after, turned back together with dK if queries and keys are rotations.
 #pragma once
 
 #include "attention/flash_backward.h"
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kPassThreads, 4)
   const int64_t row = (int64_t{batch} * p.heads + head) * workspace.padded_queries + first;
 
   const int lane = threadIdx.x % kLanes, column = lane * 8;
-  const T* out = static_cast<const T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
-                 column;
+  const T* out =
+      static_cast<const T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] + column;
   const T* grad = static_cast<const T*>(params.grad_out) + batch * params.grad_out_stride[0] +
                   head * params.grad_out_stride[1] + column;
   const float* lse = p.lse + (int64_t{batch} * p.heads + head) * p.queries;
@@ -135,7 +135,7 @@ inline bool turns_vectors(const FlashAttentionBackwardParams& p) {
 // dQ from its fp32 sums, times the scale. If it `turns`, dQ and dK become the gradients of what
 // queries and keys were before their rotation.
 template <typename T>
-__global__ void __launch_bounds__(kPassThreads, 4)
+__global__ void __launch_bounds__(kPassThreads, 3)
     convert_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
                    const __grid_constant__ FlashBackwardWorkspace workspace, bool turns) {
   launch_dependents();
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kPassThreads, 4)
   const int64_t(&stride)[3] = of_q ? params.grad_q_stride : params.grad_k_stride;
   T* grad = static_cast<T*>(of_q ? params.grad_q : params.grad_k) + batch * stride[0] +
             (of_q ? head : head - p.heads) * stride[1];
-  const float* sums = workspace.grad_q + ((int64_t{batch} * p.heads + head) *
-                                          workspace.padded_queries + first) * workspace.padded_dim;
+  const int64_t row = (int64_t{batch} * p.heads + head) * workspace.padded_queries + first;
+  const float* sums = workspace.grad_q + row * workspace.padded_dim;
   const int half = (p.head_dim / 2 + 7) / 8 * 8;
   const float scale = static_cast<float>(p.scale);
   for (int column = lane % 4 * 8; column < half; column += 32) {
