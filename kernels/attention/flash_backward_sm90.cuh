@@ -28,7 +28,6 @@
 #include "common/launch.h"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
-#include "rope/angles.cuh"
 
 namespace torchtune_fused {
 
@@ -285,35 +284,6 @@ struct BackwardConsumer {
     release(shared.grad_out_empty[at.slot]);
   }
 
-  // Of dK, to the gradients of what the keys were before their rotation.
-  __device__ __forceinline__ void turn_back_grad_k() {
-    constexpr int kPairs = kHeadDim / 8;  // of a row, in this lane
-    const RopeParams& rope = p.arguments.rope;
-    if (rope.cos == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = keys.first + 64 * consumer + 16 * warp() + 8 * i + lane() / 4;
-      if (row >= p.arguments.forward.keys) continue;
-      const int64_t position = position_of(rope, keys.batch, row);
-      float cos[kPairs], sin[kPairs];
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        const int angle = rope.interleaved ? 4 * j + lane() % 4 : 8 * (j / 2) + lane() % 4 * 2 + j % 2;
-        load_angle(rope, position, angle, cos[j], sin[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        if (rope.interleaved) {
-          float* pair = grad_k + 4 * j + 2 * i;
-          turn_pair_back(pair[0], pair[1], cos[j], sin[j]);
-        } else {
-          float* first = grad_k + 4 * (j / 2) + 2 * i + j % 2;
-          turn_pair_back(first[0], first[kHeadDim / 4], cos[j], sin[j]);
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ void store(void* tensor, const int64_t (&stride)[3],
                                         const float (&d)[kHeadDim / 2], float factor) {
     T* target = static_cast<T*>(tensor) + keys.batch * stride[0] + keys.kv_head * stride[1];
@@ -364,7 +334,6 @@ struct BackwardConsumer {
     }
     const FlashAttentionBackwardParams& a = p.arguments;
     store(a.grad_v, a.grad_v_stride, grad_v, 1.f);
-    turn_back_grad_k();
     store(a.grad_k, a.grad_k_stride, grad_k, static_cast<float>(a.forward.scale));
   }
 };
@@ -395,6 +364,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     fence_init();
   }
+  launch_dependents();
+  wait_for_grid();
   __syncthreads();
 
   if (warp < 4) {
@@ -444,8 +415,7 @@ struct FlashBackwardSm90 {
   static void start(Kernel* kernel, const BackwardKernelParams& p, cudaStream_t stream) {
     constexpr int kShared = sizeof(BackwardShared<Shape>);
     allow_shared_memory(kernel, kShared);
-    kernel<<<p.schedule.blocks(), Shape::kThreads, kShared, stream>>>(p);
-    TTF_CUDA_CHECK(cudaGetLastError());
+    launch_waiting(kernel, p.schedule.blocks(), Shape::kThreads, kShared, stream, p);
   }
 };
 

@@ -119,6 +119,19 @@ def attentions(deterministic=False):
     torch.use_deterministic_algorithms(False)
 
 
+def rotated_attention():
+    ops, options = torch.ops.torchtune_fused, (None, None, None, True, 0.1, None, None)
+    tables = torch.rand(2, 200, 64, device=DEVICE)
+    for s, d in [(67, 64), (200, 128), (130, 96)]:
+        tensors = [normal(2, s, h, d).transpose(1, 2) for h in (5, 1, 1)]
+        out, lse = ops.attention(*tensors, *options)
+        rotation = *(t[:, : d // 2] for t in tables), None
+        for interleaved in (True, False):
+            ops.attention_backward(
+                *(out, *tensors, out, lse, *options), False, *rotation, interleaved
+            )
+
+
 def attention_rings():
     # More tiles than multiprocessors and more blocks of keys than slots, so that the Hopper kernels
     # use every slot again.
@@ -179,6 +192,7 @@ FAMILIES = {
     "cached_attention": cached_attention,
     "sampling": sampling,
     "attention": attentions,
+    "rotated_attention": rotated_attention,
     "attention_rings": attention_rings,
     "deterministic_attention": lambda: attentions(deterministic=True),
     "norms_and_rotations": norms_and_rotations,

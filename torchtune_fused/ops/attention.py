@@ -267,9 +267,8 @@ def _turned_back(grad, cos, sin, input_pos, interleaved):
     """The gradient of what was rotated, from that of its rotation: ``[b, h, s, d]``."""
     if cos is None:
         return grad
-    return call("rope", grad.transpose(1, 2), cos, sin, input_pos, interleaved, True).transpose(
-        1, 2
-    )
+    turned = call("rope", grad.transpose(1, 2), cos, sin, input_pos, interleaved, True)
+    return turned.transpose(1, 2)
 
 
 @torch.library.register_fake("torchtune_fused::attention", lib=LIBRARY)
