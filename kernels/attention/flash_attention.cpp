@@ -6,6 +6,7 @@
 
 #include "common/launch.h"
 #include "common/torch_utils.h"
+#include "rope/rope_tensors.h"
 
 namespace torchtune_fused {
 namespace {
@@ -172,8 +173,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& out_,
     const Tensor& lse_, const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_kinds,
     const std::optional<Tensor>& documents, bool causal, double scale,
-    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic) {
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    const std::optional<Tensor>& input_pos, bool interleaved) {
   check_qkv(q_, k_, v_);
+  TTF_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
   for (const auto& [tensor, name] : {std::pair(&grad_, "grad"), std::pair(&out_, "out")}) {
     check_device(*tensor, name, q_);
     check_dtype(*tensor, name, q_.scalar_type());
@@ -200,6 +204,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   copy_strides(grad_k, p.grad_k_stride);
   copy_strides(grad_v, p.grad_v_stride);
   p.deterministic = deterministic;
+  const std::optional<Tensor> positions = input_pos ? std::optional(dense(*input_pos)) : input_pos;
+  if (cos) {
+    Tensor q_heads = torch::stable::transpose(grad_q, 1, 2);
+    Tensor k_heads = torch::stable::transpose(grad_k, 1, 2);
+    p.rope = rope_in_place(q_heads, k_heads, *cos, *sin, positions, interleaved, true);
+  }
   if (q.numel()) {
     const int64_t bytes = flash_backward_workspace(p);
     const Tensor workspace = allocate(q, {bytes}, ScalarType::Byte);

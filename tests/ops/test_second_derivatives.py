@@ -15,6 +15,9 @@ CALLS = {
     "attention": lambda x: ops.attention(*(x.unflatten(-1, (2, 4)).transpose(1, 2),) * 3),
     "gated_mlp": lambda x: ops.gated_mlp(x, WEIGHT, WEIGHT, WEIGHT),
     "qkv_linear": lambda x: ops.qkv_linear(x, LAYER, LAYER, LAYER)[0],
+    "rotary_self_attention": lambda x: ops.rotary_self_attention(
+        x, LAYER, LAYER, LAYER, WEIGHT[:, :2], WEIGHT[:, 2:4], interleaved=True
+    ),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, WEIGHT, torch.zeros(2, 5, dtype=torch.int64)
     ),
