@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/elements.cuh"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/vec.cuh"
 #include "rope/rope.h"
@@ -240,6 +241,7 @@ __device__ __forceinline__ int64_t offset_of(const int64_t (&stride)[3], int64_t
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(32 * kWarps) rope_kernel(const __grid_constant__ RopeParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   __shared__ Staged<Acc> staged;
   int part = 0, block = blockIdx.x;
