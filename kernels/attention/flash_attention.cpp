@@ -34,8 +34,7 @@ Tensor with_aligned_rows(const Tensor& t) {
 // [b, h, s, d], in memory [b, s, h, d], so that heads are merged without a copy.
 Tensor new_heads(const Tensor& like) {
   return torch::stable::transpose(
-      allocate(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1,
-      2);
+      allocate(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
 }
 
 void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -143,8 +142,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
   const LaunchContext context(q_);
   const Tensor q = with_aligned_rows(q_), k = with_aligned_rows(k_), v = with_aligned_rows(v_);
   const Tensor out = new_heads(q);
-  const Tensor lse =
-      allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const Tensor lse = allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   FlashAttentionParams p = flash_params(q, k, v, out, lse, mask, scale, softcap);
   p.length = length;
   if (q.numel()) launch_flash_forward(p, context.stream());
@@ -166,11 +164,7 @@ Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v
                          const Tensor& length, const std::optional<Tensor>& mask,
                          const std::optional<Tensor>& mask_kinds, double scale,
                          std::optional<int64_t> window) {
-  check_device(length, "length", q);
-  check_dtype(length, "length", ScalarType::Long);
-  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
-  return std::get<0>(forward(q, k_cache, v_cache,
-                             static_cast<const int64_t*>(length.const_data_ptr()),
+  return std::get<0>(forward(q, k_cache, v_cache, cache_length(length, q),
                              {mask, mask_kinds, std::nullopt, !mask, window}, scale, std::nullopt));
 }
 

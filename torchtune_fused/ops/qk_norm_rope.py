@@ -16,6 +16,7 @@ from torchtune_fused.ops._library import (
     check_like,
     check_shape,
     define_op,
+    refuse_create_graph,
     register_autograd,
 )
 from torchtune_fused.ops.rms_norm import normalise_backward, reciprocal_rms
@@ -186,8 +187,9 @@ def _autograd(ctx, grad_q, grad_k):
             "qk_norm_rope", grad_q, grad_k, None, None, *angles, *ctx.flags, not ctx.inverse
         )
         return *grads, *(None,) * 9
+    refuse_create_graph("qk_norm_rope with norms")
     grads = call("qk_norm_rope_backward", grad_q, grad_k, *heads, *angles, *ctx.flags)
     return *grads, *(None,) * 7
 
 
-register_autograd("qk_norm_rope", _autograd, _setup_context, differentiable=2)
+register_autograd("qk_norm_rope", _autograd, _setup_context, differentiable=2, twice=True)

@@ -164,4 +164,4 @@ def _autograd(ctx, grad):
     return grad_x, None, None, None, None, None
 
 
-register_autograd("rope", _autograd, _setup_context)
+register_autograd("rope", _autograd, _setup_context, twice=True)
