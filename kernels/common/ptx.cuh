@@ -13,11 +13,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // ---- Programmatic dependent launch (no-ops before 9.0) ------------------------------------------
-// The rule that all decode kernels keep: `launch_dependents` at the very top, and `wait_for_grid`
-// in every thread before it reads what another kernel wrote or writes anything at all. Only reads
-// of constants (weights) may come earlier, and of a cache as launch.h says. Waiting returns when
-// the grid before has completed and its writes are visible; that grid waited in the same way, so
-// all grids before it have completed too, and a buffer of theirs may be overwritten.
+// The rule that all kernels keep that may start before the grid ahead has ended (launch.h):
+// `wait_for_grid` in every thread before it reads what another kernel wrote or writes anything at
+// all. Only reads of constants (weights) may come earlier, in decoding, and of a cache as launch.h
+// says. Waiting returns when the grid before has completed and its writes are visible; that grid
+// waited in the same way, so all grids before it have completed too, and a buffer of theirs may be
+// overwritten.
+//
+// The next grid may start when all blocks have called `launch_dependents` or ended. Decode kernels
+// call it at the very top, for weights to be read meanwhile. Those of training don't: the grid
+// after them has nothing to do before it waits, and its blocks would crowd on the first SMs to
+// have room.
 
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -82,6 +82,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     fence_init();
   }
   cluster_sync();
+  wait_for_grid();
 
   const TileOrder order(shape.rows, shape.column_ends[shape.outputs - 1]);
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;

@@ -9,6 +9,7 @@
 // block's tokens and the norm's weight are staged in shared memory.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "common/vec.cuh"
 #include "rope/angles.cuh"
@@ -228,6 +229,7 @@ __device__ __forceinline__ int64_t offset_of(const int64_t (&stride)[3], int64_t
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(32 * kWarps) rope_kernel(const __grid_constant__ RopeParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   __shared__ Staged<Acc> staged;
   int part = 0, block = blockIdx.x;
