@@ -21,9 +21,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // overwritten.
 //
 // The next grid may start when all blocks have called `launch_dependents` or ended. Decode kernels
-// call it at the very top, for weights to be read meanwhile. Those of training don't: the grid
-// after them has nothing to do before it waits, and its blocks would crowd on the first SMs to
-// have room.
+// call it at the very top, for weights to be read meanwhile. Most of training don't: the grid after
+// them has nothing to do before it waits, and its blocks would crowd on the first SMs to have room.
 
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
