@@ -20,6 +20,7 @@ from torchtune_fused.ops.adapters import (
 from torchtune_fused.ops.gated_activation import check_activation, gated_activation
 from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward
 from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
+from torchtune_fused.ops.weight_gradient import weight_gradients
 
 
 def lora_gated_mlp(
@@ -153,7 +154,7 @@ def _autograd(ctx, grad):
     hidden, grad_gate, grad_up = gated_linear_backward(
         grad, w_down, gate, up, ctx.activation, need_hidden, grad_low_down, a_down
     )
-    grad_w_down = grad.t() @ hidden if need_w_down else None
+    (grad_w_down,) = weight_gradients([grad], hidden, [need_w_down])
     grad_a_down = grad_low_down.t() @ hidden if need_a_down else None
     del hidden  # as large as gate: gone before grad_x comes
 
@@ -169,8 +170,7 @@ def _autograd(ctx, grad):
     grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)
     return (
         grad_x,
-        grad_gate.t() @ rows if need_w_gate else None,
-        grad_up.t() @ rows if need_w_up else None,
+        *weight_gradients((grad_gate, grad_up), rows, (need_w_gate, need_w_up)),
         grad_w_down,
         *(g.sum(0) if need else None for g, need in grad_biases),
         grad_a_in[:rank] if need_a_gate else None,
