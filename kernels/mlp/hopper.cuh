@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"

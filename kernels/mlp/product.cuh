@@ -6,8 +6,6 @@
 // one half of it, for both (multicast). Warpgroup 0 loads, by one thread; 1 and 2 multiply.
 #pragma once
 
-#include <type_traits>
-
 #include "common/vec.cuh"
 #include "mlp/hopper.cuh"
 
@@ -23,6 +21,7 @@ __host__ __device__ constexpr int steps_of(int k) { return (k + kDepth - 1) / kD
 
 // The order in which clusters go through the tiles: kBand pairs of rows of tiles at a time, so that
 // these rows and the columns in use stay in L2.
+template <int kBand = 16>
 struct TileOrder {
   int row_pairs, columns;
 
@@ -30,7 +29,6 @@ struct TileOrder {
       : row_pairs((row_count + 2 * kRows - 1) / (2 * kRows)), columns(columns) {}
   __device__ int size() const { return row_pairs * columns; }
   __device__ void at(int i, int& row_pair, int& column) const {
-    constexpr int kBand = 16;
     const int first = i / (kBand * columns) * kBand;
     const int height = min(kBand, row_pairs - first);
     i -= first * columns;

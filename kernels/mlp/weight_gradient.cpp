@@ -35,8 +35,8 @@ struct Tiling {
   }
 };
 
-// Below, cuBLAS is faster: it divides the tokens, too, among the blocks.
-constexpr double kMinUsed = 0.9;
+// Of 0.97 the kernel is faster than cuBLAS, of 0.91 it is slower.
+constexpr double kMinUsed = 0.95;
 
 }  // namespace
 

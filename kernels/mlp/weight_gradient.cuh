@@ -49,7 +49,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   launch_dependents();
   wait_for_grid();
 
-  const TileOrder order(2 * kRows * shape.pair_ends[shape.outputs - 1], shape.columns);
+  const TileOrder<8> order(2 * kRows * shape.pair_ends[shape.outputs - 1], shape.columns);
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   const int steps = steps_of(shape.tokens);
   int output, row, column;  // of this block's tile: its output, and where in that it begins
