@@ -69,8 +69,8 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
 // ---- Instructions -------------------------------------------------------------------------------
 
 // Has `rows(d, a, b, add)`, where a and b are row operands and d is overwritten without `add`;
-// `rows_by_columns(d, a, b, add)`, the same where b is a column operand; `columns_by_columns`, where
-// both are; and `columns(d, a, b)`, where a comes in registers and b is a column operand.
+// `rows_by_columns(d, a, b, add)`, the same where b is a column operand; `columns_by_columns`,
+// where both are; and `columns(d, a, b)`, where a comes in registers and b is a column operand.
 template <typename T, int N>
 struct Wgmma;
 

@@ -73,8 +73,8 @@ __device__ __forceinline__ uint8_t* align_1024(uint8_t* shared) {
   return shared + (1024 - shared_address(shared) % 1024) % 1024;
 }
 
-// sum = the product over the next `steps` stages, of which multiply_slice(k, add) multiplies 16 of k
-// from `k` on. While the tensor cores work at a step, calls meanwhile(step).
+// sum = the product over the next `steps` stages, of which multiply_slice(k, add) multiplies 16 of
+// k from `k` on. While the tensor cores work at a step, calls meanwhile(step).
 template <int kSums, int kStages, typename S, typename F>
 __device__ __forceinline__ void multiply_slices(float (&sum)[kSums], Ring<kStages>& ring, int steps,
                                                 S multiply_slice, F meanwhile) {
@@ -106,11 +106,11 @@ __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring,
                                          int half, F meanwhile) {
   const auto slice = [&](int k, bool add) {
     const uint32_t first = ring.first() + half * (kFirstBytes / 2), second = ring.second();
-    const uint64_t rows = row_operand(first + 2 * k);
+    const uint64_t a = row_operand(first + 2 * k);
     if constexpr (kAcrossK) {
-      Wgmma<T, kWidth>::rows_by_columns(sum, rows, column_operand(second + 128 * k, kBoxBytes), add);
+      Wgmma<T, kWidth>::rows_by_columns(sum, a, column_operand(second + 128 * k, kBoxBytes), add);
     } else {
-      Wgmma<T, kWidth>::rows(sum, rows, row_operand(second + 2 * k), add);
+      Wgmma<T, kWidth>::rows(sum, a, row_operand(second + 2 * k), add);
     }
   };
   multiply_slices(sum, ring, steps, slice, meanwhile);

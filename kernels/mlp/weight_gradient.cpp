@@ -40,12 +40,13 @@ constexpr double kMinUsed = 0.95;
 
 }  // namespace
 
-// Whether the kernel takes these, whose shapes fit, and is faster than a product after another.
+// Whether the kernel takes these, whose shapes fit, and is faster than a product after another. Of
+// one layer alone cuBLAS is as fast.
 bool grouped_weight_gradients_takes(std::vector<Tensor> grads, const Tensor& x) {
   const LaunchContext context(x);
   const ScalarType dtype = x.scalar_type();
   if (!runs_sm90_code() || (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) ||
-      grads.size() > kMaxSums || !has_rows_of_16_bytes(x)) {
+      grads.size() < 2 || grads.size() > kMaxSums || !has_rows_of_16_bytes(x)) {
     return false;
   }
   for (const Tensor& grad : grads) {

@@ -1,8 +1,8 @@
 // Gradients of the weights of linear layers of one input on Hopper, in one launch:
 // out = grad^T x of each.
 //
-// Neither operand is transposed on the way: tiles arrive as they lie, rows of tokens, and wgmma reads
-// both across them.
+// Neither operand is transposed on the way: tiles arrive as they lie, rows of tokens, and wgmma
+// reads both across them.
 //
 // Tiles: 128 x kColumns of an output, of the height that product.cuh says. The blocks of a cluster
 // have their tile of x in common; each loads half of its tokens, for both.
@@ -23,7 +23,7 @@ struct WeightGradientMaps {
 
 struct WeightGradientShape {
   int tokens, outputs, columns;  // columns of tiles
-  int pair_ends[kMaxSums];       // how many pairs of rows of tiles up to and with those of an output
+  int pair_ends[kMaxSums];       // pairs of rows of tiles up to and with those of an output
 };
 
 constexpr int kGradientStages = 4;

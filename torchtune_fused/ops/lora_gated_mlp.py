@@ -154,7 +154,7 @@ def _autograd(ctx, grad):
     hidden, grad_gate, grad_up = gated_linear_backward(
         grad, w_down, gate, up, ctx.activation, need_hidden, grad_low_down, a_down
     )
-    (grad_w_down,) = weight_gradients([grad], hidden, [need_w_down])
+    grad_w_down = grad.t() @ hidden if need_w_down else None
     grad_a_down = grad_low_down.t() @ hidden if need_a_down else None
     del hidden  # as large as gate: gone before grad_x comes
 

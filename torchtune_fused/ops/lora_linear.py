@@ -21,7 +21,6 @@ from torchtune_fused.ops.adapters import (
     low_rank,
 )
 from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
-from torchtune_fused.ops.weight_gradient import weight_gradients
 
 
 def lora_linear(
@@ -103,7 +102,7 @@ def _autograd(ctx, grad):
     return (
         grad_x,
         (grad_low @ a).view(ctx.shape) if need_input else None,
-        *weight_gradients([grad], rows, [need_weight]),
+        grad.t() @ rows if need_weight else None,
         grad.sum(0) if need_bias else None,
         grad_low.t() @ seen if need_a else None,
         grad_b if need_b else None,
