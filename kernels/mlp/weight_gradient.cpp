@@ -41,7 +41,7 @@ constexpr double kMinUsed = 0.95;
 }  // namespace
 
 // Whether the kernel takes these, whose shapes fit, and is faster than a product after another. Of
-// one layer alone cuBLAS is as fast.
+// a single layer it is not.
 bool grouped_weight_gradients_takes(std::vector<Tensor> grads, const Tensor& x) {
   const LaunchContext context(x);
   const ScalarType dtype = x.scalar_type();

@@ -20,7 +20,6 @@ from torchtune_fused.ops.adapters import (
 from torchtune_fused.ops.gated_activation import check_activation, gated_activation
 from torchtune_fused.ops.gated_linear import gated_linear, gated_linear_backward
 from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
-from torchtune_fused.ops.weight_gradient import weight_gradients
 
 
 def lora_gated_mlp(
@@ -170,7 +169,8 @@ def _autograd(ctx, grad):
     grad_biases = zip((grad_gate, grad_up, grad), need_bias, strict=True)
     return (
         grad_x,
-        *weight_gradients((grad_gate, grad_up), rows, (need_w_gate, need_w_up)),
+        grad_gate.t() @ rows if need_w_gate else None,
+        grad_up.t() @ rows if need_w_up else None,
         grad_w_down,
         *(g.sum(0) if need else None for g, need in grad_biases),
         grad_a_in[:rank] if need_a_gate else None,

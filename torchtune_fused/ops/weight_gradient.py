@@ -1,6 +1,6 @@
 """Gradients of the weights of linear layers of one input.
 
-Not public: what the layers' ops call in their backward passes. One kernel for all the layers of a
+Not public: what `qkv_linear` calls in its backward pass. One kernel for all the layers of a
 call, where there is one; elsewhere a product after another.
 """
 
