@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/launch.h"
+
 namespace torchtune_fused {
 namespace {
 
@@ -19,12 +21,10 @@ void launch(const AdapterBackwardParams& p, cudaStream_t stream) {
   TTF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kAdapterSharedBytes));
   const dim3 grid(column_blocks, p.token_blocks);
-  kernel<<<grid, kAdapterThreads, kAdapterSharedBytes, stream>>>(p);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_waiting(kernel, grid, kAdapterThreads, kAdapterSharedBytes, stream, p);
   const int64_t threads = results * (kAdapterRank / 2);
   const unsigned blocks = (threads + kAdapterThreads - 1) / kAdapterThreads;
-  adapter_finish_kernel<T><<<blocks, kAdapterThreads, 0, stream>>>(p);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_waiting(adapter_finish_kernel<T>, blocks, kAdapterThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ constexpr int kAdapterSharedBytes =
 template <typename T>
 __global__ void __launch_bounds__(kAdapterThreads, 2)
     adapter_backward_kernel(const __grid_constant__ AdapterBackwardParams p) {
+  wait_for_grid();
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t tiles = shared_address(shared), lows = tiles + kAdapterStages * kTileBytes;
   float* sums = reinterpret_cast<float*>(shared + kAdapterStages * kTileBytes + 2 * kLowBytes);
@@ -180,6 +181,7 @@ __device__ __forceinline__ void add_up(float& x, float& y, const float* from, in
 template <typename T>
 __global__ void __launch_bounds__(kAdapterThreads)
     adapter_finish_kernel(const __grid_constant__ AdapterBackwardParams p) {
+  wait_for_grid();
   int i = blockIdx.x * kAdapterThreads + threadIdx.x;
   const int tokens = p.chunks * kChunk;
   for (int l = 0; l < p.count; ++l) {

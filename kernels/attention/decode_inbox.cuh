@@ -4,17 +4,10 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/cluster.cuh"
 #include "common/tma.cuh"
 
 namespace torchtune_fused {
-
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
 
 // The same place in the shared memory of another block.
 __device__ __forceinline__ uint32_t in_block(uint32_t shared, uint32_t rank) {

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     fence_init();
   }
   __syncthreads();
+  wait_for_grid();
 
   if (warp < 4) {
     give_up_registers<Shape::kProducerRegisters>();
@@ -114,8 +115,7 @@ struct FlashForwardSm90 {
     constexpr int kShared = sizeof(ForwardShared<Shape>);
     allow_shared_memory(kernel, kShared);
     const unsigned tiles = p.row_tiles * p.all_heads, sms = device_properties().num_sms;
-    kernel<<<tiles < sms ? tiles : sms, Shape::kThreads, kShared, stream>>>(p);
-    TTF_CUDA_CHECK(cudaGetLastError());
+    launch_waiting(kernel, tiles < sms ? tiles : sms, Shape::kThreads, kShared, stream, p);
   }
 };
 

@@ -1,12 +1,15 @@
 // Grid: one block per 32 columns. Block: 32 columns x 32 strides over the rows.
 #include "common/column_sum.h"
 #include "common/elements.cuh"
+#include "common/launch.h"
+#include "common/ptx.cuh"
 
 namespace torchtune_fused {
 namespace {
 
 template <typename Acc>
 __global__ void __launch_bounds__(1024) column_sum_kernel(ColumnSumParams p) {
+  wait_for_grid();
   const int64_t column = blockIdx.x * int64_t{32} + threadIdx.x;
   const Acc* partial = static_cast<const Acc*>(p.partial);
   Acc sum = 0;
@@ -28,12 +31,9 @@ __global__ void __launch_bounds__(1024) column_sum_kernel(ColumnSumParams p) {
 void launch_column_sum(const ColumnSumParams& params, cudaStream_t stream) {
   if (params.columns == 0) return;
   const unsigned blocks = static_cast<unsigned>((params.columns + 31) / 32);
-  if (params.dtype == DType::kFloat64) {
-    column_sum_kernel<double><<<blocks, dim3(32, 32), 0, stream>>>(params);
-  } else {
-    column_sum_kernel<float><<<blocks, dim3(32, 32), 0, stream>>>(params);
-  }
-  TTF_CUDA_CHECK(cudaGetLastError());
+  const auto kernel =
+      params.dtype == DType::kFloat64 ? column_sum_kernel<double> : column_sum_kernel<float>;
+  launch_waiting(kernel, blocks, dim3(32, 32), 0, stream, params);
 }
 
 }  // namespace torchtune_fused

@@ -1,4 +1,4 @@
-// Kernel launches that overlap inside a CUDA graph.
+// Kernel launches that overlap.
 #pragma once
 
 #include "common/cuda_utils.h"
@@ -63,7 +63,8 @@ void launch_chained(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t
                              static_cast<Args&&>(args)...);
 }
 
-// Launches a kernel that reads and writes nothing before it waits: it may always overlap.
+// Launches a kernel that reads and writes nothing before it waits, as those of training do: it may
+// always overlap, whatever is ahead.
 template <typename... KernelArgs, typename... Args>
 void launch_waiting(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes,
                     cudaStream_t stream, Args&&... args) {

@@ -7,6 +7,8 @@
 // Memory: grad_weight [vocab, dim], grad [tokens, dim], both contiguous.
 #include "embedding/embedding.h"
 
+#include "common/launch.h"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 
 namespace torchtune_fused {
@@ -23,6 +25,7 @@ struct alignas(kWidth * sizeof(T)) Elements {
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     embedding_add_kernel(const __grid_constant__ EmbeddingAddParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   using Vector = Elements<T, kWidth>;
   const int64_t begin = blockIdx.x, id = p.ids[p.order[begin]];
@@ -76,9 +79,8 @@ void launch_embedding_add(const EmbeddingAddParams& p, cudaStream_t stream) {
     };
     const bool wide = p.dim % kWidth == 0 && aligned(p.grad_weight) && aligned(p.grad);
     const auto kernel = wide ? embedding_add_kernel<T, kWidth> : embedding_add_kernel<T, 1>;
-    kernel<<<static_cast<unsigned>(p.tokens), kThreads, 0, stream>>>(p);
+    launch_waiting(kernel, static_cast<unsigned>(p.tokens), kThreads, 0, stream, p);
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

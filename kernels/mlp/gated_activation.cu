@@ -1,5 +1,7 @@
 #include "mlp/gated_activation.cuh"
 
+#include "common/launch.h"
+
 namespace torchtune_fused {
 namespace {
 
@@ -21,13 +23,13 @@ void launch_gated_activation(const GatedActivationParams& p, cudaStream_t stream
     using T = decltype(element);
     constexpr int kWidth = 16 / sizeof(T), kVectors = 2;
     if (p.size % kWidth == 0 && aligned_to_16(p.gate, p.up, p.hidden)) {
-      gated_activation_kernel<T, kWidth, kVectors>
-          <<<blocks_for(p.size, kWidth * kVectors), kGatedThreads, 0, stream>>>(p);
+      launch_waiting(gated_activation_kernel<T, kWidth, kVectors>,
+                     blocks_for(p.size, kWidth * kVectors), kGatedThreads, 0, stream, p);
     } else {
-      gated_activation_kernel<T, 1, 1><<<blocks_for(p.size, 1), kGatedThreads, 0, stream>>>(p);
+      launch_waiting(gated_activation_kernel<T, 1, 1>, blocks_for(p.size, 1), kGatedThreads, 0,
+                     stream, p);
     }
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 void launch_gated_activation_backward(const GatedActivationBackwardParams& p,
@@ -38,14 +40,13 @@ void launch_gated_activation_backward(const GatedActivationBackwardParams& p,
     constexpr int kWidth = 16 / sizeof(T);
     if (p.size % kWidth == 0 &&
         aligned_to_16(p.grad, p.gate, p.up, p.hidden, p.grad_gate, p.grad_up)) {
-      gated_activation_backward_kernel<T, kWidth, 1>
-          <<<blocks_for(p.size, kWidth), kGatedThreads, 0, stream>>>(p);
+      launch_waiting(gated_activation_backward_kernel<T, kWidth, 1>, blocks_for(p.size, kWidth),
+                     kGatedThreads, 0, stream, p);
     } else {
-      gated_activation_backward_kernel<T, 1, 1>
-          <<<blocks_for(p.size, 1), kGatedThreads, 0, stream>>>(p);
+      launch_waiting(gated_activation_backward_kernel<T, 1, 1>, blocks_for(p.size, 1),
+                     kGatedThreads, 0, stream, p);
     }
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/activation.cuh"
+#include "common/ptx.cuh"
 #include "common/types.cuh"
 #include "mlp/mlp.h"
 
@@ -19,6 +20,7 @@ struct alignas(sizeof(T) * kWidth) Vector {
 
 template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedActivationParams p) {
+  wait_for_grid();
   using V = Vector<T, kWidth>;
   using F = AccOf<T>;
   const V* gates = static_cast<const V*>(p.gate);
@@ -49,6 +51,7 @@ __global__ void __launch_bounds__(kGatedThreads) gated_activation_kernel(GatedAc
 template <typename T, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kGatedThreads)
     gated_activation_backward_kernel(GatedActivationBackwardParams p) {
+  wait_for_grid();
   using V = Vector<T, kWidth>;
   using F = AccOf<T>;
   const V* grads = static_cast<const V*>(p.grad);

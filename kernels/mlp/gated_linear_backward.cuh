@@ -83,6 +83,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     fence_init();
   }
   cluster_sync();
+  wait_for_grid();
 
   const TileOrder order(shape.rows, (shape.n + kWidth - 1) / kWidth);
   const int wide_steps = steps_of(shape.k), steps = wide_steps + steps_of(shape.rank);

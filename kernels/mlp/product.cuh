@@ -6,6 +6,7 @@
 // one half of it, for both (multicast). Warpgroup 0 loads, by one thread; 1 and 2 multiply.
 #pragma once
 
+#include "common/launch.h"
 #include "common/vec.cuh"
 #include "mlp/hopper.cuh"
 
@@ -178,11 +179,9 @@ class Outbox {
 template <typename... Args>
 void launch_product(void (*kernel)(Args...), int shared_bytes, cudaStream_t stream,
                     const std::type_identity_t<Args>&... args) {
-  TTF_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  allow_shared_memory(kernel, shared_bytes);
   const unsigned blocks = device_properties().num_sms / 2 * 2;
-  kernel<<<blocks, kProductThreads, shared_bytes, stream>>>(args...);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_waiting(kernel, blocks, kProductThreads, shared_bytes, stream, args...);
 }
 
 }  // namespace torchtune_fused

@@ -42,11 +42,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x == 0) {
     ring.init_barriers();
     fence_init();
-    prefetch_map(maps.x);
-    for (int i = 0; i < shape.outputs; ++i) prefetch_map(maps.grad[i]);
   }
   cluster_sync();
-  launch_dependents();
   wait_for_grid();
 
   const TileOrder<8> order(2 * kRows * shape.pair_ends[shape.outputs - 1], shape.columns);

@@ -1,3 +1,4 @@
+#include "common/launch.h"
 #include "common/types.cuh"
 #include "norm/layout.cuh"
 #include "norm/rms_norm.cuh"
@@ -14,13 +15,14 @@ void launch_rms_norm(const RmsNormParams& params, cudaStream_t stream) {
     if constexpr (!std::is_same_v<T, double>) {
       if (layout.threads_per_row > 0) {
         const unsigned blocks = layout.blocks(params.rows);
-        rms_norm_kernel<T><<<blocks, layout.block, 0, stream>>>(params, layout.threads_per_row);
+        launch_waiting(rms_norm_kernel<T>, blocks, layout.block, 0, stream, params,
+                       layout.threads_per_row);
         return;
       }
     }
-    rms_norm_any_kernel<T><<<static_cast<unsigned>(params.rows), kAnyBlock, 0, stream>>>(params);
+    launch_waiting(rms_norm_any_kernel<T>, static_cast<unsigned>(params.rows), kAnyBlock, 0, stream,
+                   params);
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

@@ -85,6 +85,7 @@ __device__ __forceinline__ void load_weight(const void* weight, DType dtype, int
 template <typename T>
 __global__ void __launch_bounds__(kMaxBlock)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p, int threads_per_row) {
+  wait_for_grid();
   const int lane = threadIdx.x & (threads_per_row - 1);
   const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / threads_per_row;
   const bool valid = row < p.rows;
@@ -145,6 +146,7 @@ __host__ __device__ inline int row_parts(const RmsNormBackwardParams& p) {
 template <typename T>
 __global__ void __launch_bounds__(kMaxBlock)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackwardParams p, int threads_per_row) {
+  wait_for_grid();
   constexpr int kSize = kVecSize<T>;
   const int lane = threadIdx.x & (threads_per_row - 1);
   const int rows_per_block = blockDim.x / threads_per_row, slot = threadIdx.x / threads_per_row;
@@ -260,6 +262,7 @@ constexpr int kAnyBlock = 256;
 template <typename T>
 __global__ void __launch_bounds__(kAnyBlock)
     rms_norm_any_kernel(const __grid_constant__ RmsNormParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.dim;
@@ -291,6 +294,7 @@ __global__ void __launch_bounds__(kAnyBlock)
 template <typename T>
 __global__ void __launch_bounds__(kAnyBlock)
     rms_norm_backward_any_kernel(const __grid_constant__ RmsNormBackwardParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   __shared__ Acc shared[kAnyBlock / 32];
   Acc* partial = static_cast<Acc*>(p.partial) + blockIdx.x * p.dim;

@@ -50,14 +50,13 @@ void launch_rms_norm_backward(const RmsNormBackwardParams& params, int blocks,
     if constexpr (!std::is_same_v<T, double>) {
       if (layout.threads_per_row > 0) {
         const size_t shared_bytes = ring_bytes(layout.block, row_parts(params));
-        rms_norm_backward_kernel<T>
-            <<<blocks, layout.block, shared_bytes, stream>>>(params, layout.threads_per_row);
+        launch_waiting(rms_norm_backward_kernel<T>, blocks, layout.block, shared_bytes, stream,
+                       params, layout.threads_per_row);
         return;
       }
     }
-    rms_norm_backward_any_kernel<T><<<blocks, kAnyBlock, 0, stream>>>(params);
+    launch_waiting(rms_norm_backward_any_kernel<T>, blocks, kAnyBlock, 0, stream, params);
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

@@ -1,5 +1,6 @@
 #include <cassert>
 
+#include "common/launch.h"
 #include "rope/dispatch.cuh"
 #include "rope/rope.cuh"
 
@@ -22,15 +23,15 @@ void launch_rope(const RopeParams& params, cudaStream_t stream) {
   const int blocks = params.of[0].blocks + params.of[1].blocks + params.of[2].blocks;
   if (blocks == 0) return;  // an empty grid is an error
   with_layout(params, [&](auto type, auto vec) {
-    rope_kernel<decltype(type), vec><<<blocks, 32 * kWarps, 0, stream>>>(params);
+    launch_waiting(rope_kernel<decltype(type), vec>, blocks, 32 * kWarps, 0, stream, params);
   });
   if (params.cache_pos) {
     constexpr int kThreads = 256;
     const int64_t length = params.cache_len;
     advance_kernel<<<(length + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
         params.cache_pos, length, params.steps);
+    TTF_CUDA_CHECK(cudaGetLastError());
   }
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/launch.h"
 #include "rope/dispatch.cuh"
 #include "rope/rope_backward.cuh"
 
@@ -24,9 +25,9 @@ void launch_rope_backward(const RopeParams& params, cudaStream_t stream) {
   const int blocks = params.of[0].blocks + params.of[1].blocks;
   if (blocks == 0) return;  // an empty grid is an error
   with_layout(params, [&](auto type, auto vec) {
-    rope_backward_kernel<decltype(type), vec><<<blocks, 32 * kWarps, 0, stream>>>(params);
+    launch_waiting(rope_backward_kernel<decltype(type), vec>, blocks, 32 * kWarps, 0, stream,
+                   params);
   });
-  TTF_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace torchtune_fused

@@ -14,6 +14,7 @@ namespace torchtune_fused {
 template <typename T, int kVec>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     rope_backward_kernel(const __grid_constant__ RopeParams p) {
+  wait_for_grid();
   using Acc = AccOf<T>;
   __shared__ Staged<Acc> staged;
   const bool keys = blockIdx.x >= p.of[0].blocks;
