@@ -1,13 +1,14 @@
 """Times the gated MLP and LoRA layers on one GPU, beside torch.compile and Liger.
 
-    python -m torchtune_fused.kernels.benchmark_mlp [--cases activation products 1B 8B lora]
+    python -m torchtune_fused.kernels.benchmark_mlp [--cases activation products weights 1B 8B lora]
 
 Elementwise kernels against the bandwidth of a copy; matrix products with the activation inside
-against cuBLAS and the elementwise kernels; the MLPs of Llama-3.2-1B and Llama-3.1-8B on
-8192 tokens, forward and backward, against torchtune's FeedForward under torch.compile and Liger's
-SwiGLU (where liger_kernel is installed); 8B's projections with LoRA of rank 16 on 4096 tokens. All
-in bf16 with random data. The contenders take turns of four calls, long enough to hide the launches;
-a figure is the median of 12 turns.
+against cuBLAS and the elementwise kernels; gradients of the weights of queries, keys and values
+against cuBLAS; the MLPs of Llama-3.2-1B and Llama-3.1-8B on 8192 tokens, forward and backward,
+against torchtune's FeedForward under torch.compile and Liger's SwiGLU (where liger_kernel is
+installed); 8B's projections with LoRA of rank 16 on 4096 tokens. All in bf16 with random data. The
+contenders take turns of four calls, long enough to hide the launches, or of forty, long enough for
+the GPU to reach its power limit; a figure is the median of 12 turns.
 """
 
 import argparse
@@ -29,15 +30,16 @@ from torchtune_fused.ops.gated_activation import gated_activation, gated_activat
 
 TURNS, CALLS = 12, 4
 SIZES = {"1B": (2048, 8192), "8B": (4096, 14336)}  # dim, hidden
+KV_DIMS = {"1B": 512, "8B": 1024}
 
 
-def microseconds(contenders: dict[str, Callable]) -> dict[str, float]:
+def microseconds(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, float]:
     """The median time of each, called in turns so that all see the same clocks."""
     times = {name: [] for name in contenders}
     for _ in range(TURNS + 2):
         for name, run in contenders.items():
             run()
-            times[name].append(milliseconds(run, CALLS) * 1e3)
+            times[name].append(milliseconds(run, calls) * 1e3)
     return {name: median(values[2:]) for name, values in times.items()}
 
 
@@ -98,6 +100,17 @@ def products(size: str) -> None:
         fused = {}  # the kernels are Hopper's
     for name, time in microseconds(apart | fused).items():
         report(f"{size} {name}", time, "")
+
+
+def weights(size: str) -> None:
+    ops = torch.ops.torchtune_fused
+    dim, kv_dim = SIZES[size][0], KV_DIMS[size]
+    x, grads = normal(8192, dim), [normal(8192, n) for n in (dim, kv_dim, kv_dim)]
+    contenders = {"cuBLAS": lambda: [grad.t() @ x for grad in grads]}
+    if ops.grouped_weight_gradients_takes(grads, x):
+        contenders["one kernel"] = lambda: ops.grouped_weight_gradients(grads, x)
+    for name, time in microseconds(contenders, calls=40).items():
+        report(f"{size} gradients of the weights of q, k, v: {name}", time, "")
 
 
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
@@ -201,6 +214,7 @@ def main() -> None:
     cases = {
         "activation": activation,
         "products": lambda: [products(size) for size in SIZES],
+        "weights": lambda: [weights(size) for size in SIZES],
         "1B": lambda: mlp("1B"),
         "8B": lambda: mlp("8B"),
         "lora": lora,

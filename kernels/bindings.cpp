@@ -103,6 +103,10 @@ std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tens
                                     const std::optional<Tensor>& input_pos, bool interleaved,
                                     int64_t steps);
 
+// mlp/weight_gradient.cpp
+bool grouped_weight_gradients_takes(std::vector<Tensor> grads, const Tensor& x);
+std::vector<Tensor> grouped_weight_gradients(std::vector<Tensor> grads, const Tensor& x);
+
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
                       int64_t ignore_index, double softcap, double z_loss, bool backward);
@@ -161,6 +165,8 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("adapter_gradients", TORCH_BOX(&adapter_gradients));
   m.impl("grouped_product_takes", TORCH_BOX(&grouped_product_takes));
   m.impl("grouped_product", TORCH_BOX(&grouped_product));
+  m.impl("grouped_weight_gradients_takes", TORCH_BOX(&grouped_weight_gradients_takes));
+  m.impl("grouped_weight_gradients", TORCH_BOX(&grouped_weight_gradients));
   m.impl("gated_linear_takes", TORCH_BOX(&gated_linear_takes));
   m.impl("gated_linear", TORCH_BOX(&gated_linear));
   m.impl("gated_linear_backward", TORCH_BOX(&gated_linear_backward));

@@ -29,8 +29,8 @@ __device__ __forceinline__ uint64_t row_operand(uint32_t address) {
   return swizzled_operand(address, 16, 1024);  // 8 rows are 1024 bytes; the leading one is unused
 }
 
-// Rows run along k, the 64 are columns of b, and pieces are `piece_bytes` apart. The next 16 of k
-// are 2048 bytes on.
+// Rows run along k, the 64 are columns of b or rows of a, and pieces are `piece_bytes` apart. The
+// next 16 of k are 2048 bytes on.
 __device__ __forceinline__ uint64_t column_operand(uint32_t address, int piece_bytes) {
   return swizzled_operand(address, piece_bytes, 1024);
 }
@@ -69,8 +69,8 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
 // ---- Instructions -------------------------------------------------------------------------------
 
 // Has `rows(d, a, b, add)`, where a and b are row operands and d is overwritten without `add`;
-// `rows_by_columns(d, a, b, add)`, the same where b is a column operand; and `columns(d, a, b)`,
-// where a comes in registers and b is a column operand.
+// `rows_by_columns(d, a, b, add)`, the same where b is a column operand; `columns_by_columns`,
+// where both are; and `columns(d, a, b)`, where a comes in registers and b is a column operand.
 template <typename T, int N>
 struct Wgmma;
 
@@ -105,6 +105,14 @@ struct Wgmma;
                    : OPERANDS                                                                  \
                    : "l"(a), "l"(b), "r"(int(add)));                                           \
     }                                                                                          \
+    static __device__ __forceinline__ void columns_by_columns(float (&d)[N / 2], uint64_t a,   \
+                                                              uint64_t b, bool add) {          \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" X2                                       \
+                   ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"   \
+                   REGISTERS "}, %" X0 ", %" X1 ", p, 1, 1, 1, 1; }"                           \
+                   : OPERANDS                                                                  \
+                   : "l"(a), "l"(b), "r"(int(add)));                                           \
+    }                                                                                          \
     static __device__ __forceinline__ void columns(float (&d)[N / 2], const uint32_t (&a)[4],  \
                                                    uint64_t b) {                               \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {"        \
@@ -117,6 +125,9 @@ struct Wgmma;
 #define TTF_D16(i) TTF_D8(i), TTF_D8(i + 8)
 #define TTF_R32_47 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TTF_R64_79 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define TTF_R64_95                                                                                \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "    \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define TTF_R64_127                                                                               \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "    \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "    \
@@ -133,6 +144,9 @@ struct Wgmma;
 #define TTF_WGMMA_160(T, TYPE)                                                                  \
   TTF_WGMMA(T, TYPE, 160, TTF_R0_31 ", " TTF_R32_63 ", " TTF_R64_79,                            \
             TTF_D32(0) TTF_COMMA TTF_D32(32) TTF_COMMA TTF_D16(64), "80", "81", "82", "83", "84")
+#define TTF_WGMMA_192(T, TYPE)                                                                  \
+  TTF_WGMMA(T, TYPE, 192, TTF_R0_31 ", " TTF_R32_63 ", " TTF_R64_95,                            \
+            TTF_D32(0) TTF_COMMA TTF_D32(32) TTF_COMMA TTF_D32(64), "96", "97", "98", "99", "100")
 #define TTF_WGMMA_256(T, TYPE)                                                                    \
   TTF_WGMMA(T, TYPE, 256, TTF_R0_31 ", " TTF_R32_63 ", " TTF_R64_127,                             \
             TTF_D32(0) TTF_COMMA TTF_D32(32) TTF_COMMA TTF_D32(64) TTF_COMMA TTF_D32(96), "128",  \
@@ -146,15 +160,19 @@ TTF_WGMMA_96(__half, "f16")
 TTF_WGMMA_96(__nv_bfloat16, "bf16")
 TTF_WGMMA_160(__half, "f16")
 TTF_WGMMA_160(__nv_bfloat16, "bf16")
+TTF_WGMMA_192(__half, "f16")
+TTF_WGMMA_192(__nv_bfloat16, "bf16")
 TTF_WGMMA_256(__half, "f16")
 TTF_WGMMA_256(__nv_bfloat16, "bf16")
 
 #undef TTF_WGMMA_256
+#undef TTF_WGMMA_192
 #undef TTF_WGMMA_160
 #undef TTF_WGMMA_96
 #undef TTF_WGMMA_128
 #undef TTF_WGMMA_64
 #undef TTF_R64_127
+#undef TTF_R64_95
 #undef TTF_R64_79
 #undef TTF_R32_47
 #undef TTF_D16

@@ -136,9 +136,8 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   } else {
     take_registers<232>();
     const int half = warpgroup - 1, lane = threadIdx.x % 32;
-    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for stmatrix
-    const bool elected = threadIdx.x % 128 == 0;
-    const uint32_t box = boxes + half * 2 * kBoxBytes;
+    const int box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // for ldmatrix
+    Outbox outbox(boxes, half);
     float sum[128];
 
     for (int tile = cluster; tile < order.size(); tile += clusters) {
@@ -158,31 +157,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
         if (rotates) rotate_heads(sum, rope, angles);
       }
       if (shape.adds) add_stages<T>(sum, ring, half, box_row);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t to = box + i % 2 * kBoxBytes;
-        if (elected) wait_for_stores<1>();
-        named_sync<128>(1 + half);
-#pragma unroll
-        for (int chunk = 0; chunk < 8; chunk += 2) {
-          uint32_t r[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int at = 4 * (8 * i + chunk + j / 2) + 2 * (j % 2);
-            r[j] = pack<T>(sum[at], sum[at + 1]);
-          }
-          store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
-        }
-        fence_async();
-        named_sync<128>(1 + half);
-        if (elected) {
-          store_tile(&maps.out[output], to, column * kWidth + 64 * i,
-                     (2 * row_pair + rank) * kRows + half * 64);
-          store_tiles_commit();
-        }
-      }
+      outbox.store<T>(sum, maps.out[output], (2 * row_pair + rank) * kRows + half * 64,
+                      column * kWidth);
     }
-    if (elected) wait_for_stores<0>();
+    outbox.close();
   }
   cluster_sync();  // the other block may still send to this one's shared memory
 }

@@ -91,12 +91,26 @@ struct GroupedProductParams {
   DType dtype;
 };
 
+// outs[i] = grads[i]^T x: gradients of the weights of linear layers of one input.
+struct WeightGradientParams {
+  void* outs[kMaxSums];            // [n, k] each
+  const void* grads[kMaxSums];     // [tokens, n]
+  int64_t grad_strides[kMaxSums];  // elements from row to row
+  int n[kMaxSums];
+  const void* x;  // [tokens, k]
+  int64_t x_stride;
+  int outputs, tokens, k;
+  int columns;  // of a tile: 256 or 192
+  DType dtype;
+};
+
 #ifdef TTF_HAS_SM90
 // Hopper's way, which needs all pointers and rows to start at multiples of 16 bytes.
 void launch_gated_linear_sm90(const GatedLinearParams& params, cudaStream_t stream);
 void launch_gated_linear_backward_sm90(const GatedLinearBackwardParams& params,
                                        cudaStream_t stream);
 void launch_grouped_product_sm90(const GroupedProductParams& params, cudaStream_t stream);
+void launch_weight_gradient_sm90(const WeightGradientParams& params, cudaStream_t stream);
 #endif
 
 void launch_gated_activation(const GatedActivationParams& params, cudaStream_t stream);

@@ -22,6 +22,7 @@ __host__ __device__ constexpr int steps_of(int k) { return (k + kDepth - 1) / kD
 
 // The order in which clusters go through the tiles: kBand pairs of rows of tiles at a time, so that
 // these rows and the columns in use stay in L2.
+template <int kBand = 16>
 struct TileOrder {
   int row_pairs, columns;
 
@@ -29,7 +30,6 @@ struct TileOrder {
       : row_pairs((row_count + 2 * kRows - 1) / (2 * kRows)), columns(columns) {}
   __device__ int size() const { return row_pairs * columns; }
   __device__ void at(int i, int& row_pair, int& column) const {
-    constexpr int kBand = 16;
     const int first = i / (kBand * columns) * kBand;
     const int height = min(kBand, row_pairs - first);
     i -= first * columns;
@@ -74,27 +74,21 @@ __device__ __forceinline__ uint8_t* align_1024(uint8_t* shared) {
   return shared + (1024 - shared_address(shared) % 1024) % 1024;
 }
 
-// sum[64, 256] = the product of this warpgroup's rows, over the next `steps` stages. While the
-// tensor cores work at a step, calls meanwhile(step).
-template <typename T, bool kAcrossK, int kStages, typename F>
-__device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
-                                         int half, F meanwhile) {
+// sum = the product over the next `steps` stages, of which multiply_slice(k, add) multiplies 16 of
+// k from `k` on. While the tensor cores work at a step, calls meanwhile(step).
+template <int kSums, int kStages, typename S, typename F>
+__device__ __forceinline__ void multiply_slices(float (&sum)[kSums], Ring<kStages>& ring, int steps,
+                                                S multiply_slice, F meanwhile) {
   const uint32_t lane = threadIdx.x % 32;
   Barrier* previous = nullptr;
   const auto release = [&] {
     if (lane < 2) arrive_at(*previous, lane);
   };
   for (int step = 0; step < steps; ++step, ring.advance()) {
-    const uint32_t first = ring.first() + half * (kFirstBytes / 2), second = ring.second();
     wait(ring.full(), ring.parity);
     wgmma_begin();
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      wgmma_64x256x16<T, kAcrossK>(
-          sum, row_operand(first + 2 * k),
-          kAcrossK ? column_operand(second + 128 * k, kBoxBytes) : row_operand(second + 2 * k),
-          step > 0 || k > 0);
-    }
+    for (int k = 0; k < kDepth; k += 16) multiply_slice(k, step > 0 || k > 0);
     wgmma_commit();
     meanwhile(step);
     if (step > 0) {
@@ -107,6 +101,22 @@ __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring,
   release();
 }
 
+// The product of this warpgroup's rows, 256 columns wide.
+template <typename T, bool kAcrossK, int kStages, typename F>
+__device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
+                                         int half, F meanwhile) {
+  const auto slice = [&](int k, bool add) {
+    const uint32_t first = ring.first() + half * (kFirstBytes / 2), second = ring.second();
+    const uint64_t a = row_operand(first + 2 * k);
+    if constexpr (kAcrossK) {
+      Wgmma<T, kWidth>::rows_by_columns(sum, a, column_operand(second + 128 * k, kBoxBytes), add);
+    } else {
+      Wgmma<T, kWidth>::rows(sum, a, row_operand(second + 2 * k), add);
+    }
+  };
+  multiply_slices(sum, ring, steps, slice, meanwhile);
+}
+
 template <typename T, bool kAcrossK, int kStages>
 __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring, int steps,
                                          int half) {
@@ -117,6 +127,53 @@ __device__ __forceinline__ void multiply(float (&sum)[128], Ring<kStages>& ring,
 __device__ __forceinline__ uint32_t in_box(uint32_t box, int row, int chunk) {
   return box + row * 128 + (chunk ^ row % 8) * 16;
 }
+
+// Where a multiplying warpgroup lays its rounded sums for TMA to store: two boxes, by turns.
+class Outbox {
+ public:
+  // `boxes`: those of the first warpgroup, followed by those of the second.
+  __device__ Outbox(uint32_t boxes, int half)
+      : box_(boxes + half * 2 * kBoxBytes), barrier_(1 + half) {}
+
+  // Stores sum[64, 2 kSums] to where `row` and `column` of the matrix are its first ones.
+  template <typename T, int kSums>
+  __device__ __forceinline__ void store(const float (&sum)[kSums], const CUtensorMap& map, int row,
+                                        int column) {
+    const int lane = threadIdx.x % 32, box_row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kSums / 32; ++i, turn_ ^= 1) {
+      const uint32_t to = box_ + turn_ * kBoxBytes;
+      if (elected()) wait_for_stores<1>();
+      named_sync<128>(barrier_);
+#pragma unroll
+      for (int chunk = 0; chunk < 8; chunk += 2) {
+        uint32_t r[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = 4 * (8 * i + chunk + j / 2) + 2 * (j % 2);
+          r[j] = pack<T>(sum[at], sum[at + 1]);
+        }
+        store_matrix_x4(in_box(to, box_row, chunk + lane / 16), r);
+      }
+      fence_async();
+      named_sync<128>(barrier_);
+      if (elected()) {
+        store_tile(&map, to, column + 64 * i, row);
+        store_tiles_commit();
+      }
+    }
+  }
+
+  // Before the block ends.
+  __device__ void close() const {
+    if (elected()) wait_for_stores<0>();
+  }
+
+ private:
+  __device__ static bool elected() { return threadIdx.x % 128 == 0; }
+  uint32_t box_;
+  int barrier_, turn_ = 0;
+};
 
 // Launches a kernel of this kind: a block for each SM.
 template <typename... Args>

@@ -150,6 +150,8 @@ CALLS = {
         *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), True, 5),
     ],
     "grouped_product addend": lambda: [[randn(5, 8)], [randn(8, 4)], [1], True, randn(5, 4)],
+    "grouped_weight_gradients": lambda: [[randn(5, 8), randn(5, 3)], randn(5, 7)],
+    "weight_gradients": lambda: [[randn(5, 8), randn(5, 3)], randn(5, 7)],
     "sum_of_products": lambda: [[randn(5, 8), randn(5, 3)], [randn(8, 7), randn(3, 7)]],
     "cross_entropy_": lambda: [
         *(randn(5, 8), torch.randint(8, (5,)), randn(5), -100, 2.0, 0.1, True),

@@ -24,6 +24,7 @@ from torchtune_fused.ops.adapters import (
 )
 from torchtune_fused.ops.grouped_product import grouped_linear, rows_of, sum_of_products
 from torchtune_fused.ops.rope import Rotation
+from torchtune_fused.ops.weight_gradient import weight_gradients
 
 _NAMES = "q", "k", "v"
 
@@ -172,7 +173,7 @@ def projection_gradients(grads, kept, scale, needs):
 
     return [
         sum_of_products(*zip(*terms, strict=True)).view(shape) if need_x else None,
-        *(g.t() @ rows if need else None for g, need in zip(grads, need_weights, strict=True)),
+        *weight_gradients(grads, rows, need_weights),
         *(g.sum(0) if need else None for g, need in zip(grads, need_biases, strict=True)),
         *grad_a,
         *grad_b,
