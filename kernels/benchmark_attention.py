@@ -76,7 +76,9 @@ def own_backward(q, k, v, grad, causal):
     op = torch.ops.torchtune_fused
     hidden = None, None, None, causal, scale, None, None
     out, lse = op.attention(q, k, v, *hidden)
-    return lambda: op.attention_backward(grad, q, k, v, out, lse, *hidden, False)
+    return lambda: op.attention_backward(
+        grad, q, k, v, out, lse, *hidden, False, None, None, None, False
+    )
 
 
 def shapes(causal):

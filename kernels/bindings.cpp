@@ -37,7 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_kinds,
     const std::optional<Tensor>& documents, bool causal, double scale,
-    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic);
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    const std::optional<Tensor>& input_pos, bool interleaved);
 Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                          const Tensor& length, const std::optional<Tensor>& mask,
                          const std::optional<Tensor>& mask_kinds, double scale,
@@ -89,10 +91,17 @@ void embedding_add_(Tensor grad_weight, const Tensor& ids, const Tensor& order, 
 // mlp/grouped_product.cpp
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                            std::vector<int64_t> terms, bool across,
-                           const std::optional<Tensor>& addend);
+                           const std::optional<Tensor>& addend, const std::optional<Tensor>& cos,
+                           const std::optional<Tensor>& sin,
+                           const std::optional<Tensor>& input_pos, bool interleaved,
+                           int64_t steps);
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                                     std::vector<int64_t> terms, bool across,
-                                    const std::optional<Tensor>& addend);
+                                    const std::optional<Tensor>& addend,
+                                    const std::optional<Tensor>& cos,
+                                    const std::optional<Tensor>& sin,
+                                    const std::optional<Tensor>& input_pos, bool interleaved,
+                                    int64_t steps);
 
 // loss/loss.cpp
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,

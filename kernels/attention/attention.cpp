@@ -44,9 +44,6 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   TTF_CHECK(max_len < 1 << 27 && k_cache.stride(2) < 1 << 24 && v_cache.stride(2) < 1 << 24,
             "k_cache has too many slots, or too far apart: ", max_len, " slots of stride ",
             k_cache.stride(2));
-  check_device(length, "length", q);
-  check_dtype(length, "length", ScalarType::Long);
-  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
   if (mask) {
     check_device(*mask, "mask", q);
     check_dtype(*mask, "mask", ScalarType::Bool);
@@ -72,7 +69,7 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   copy_strides(k_cache, p.k_stride);
   copy_strides(v_cache, p.v_stride);
   copy_strides(out, p.out_stride);
-  p.length = static_cast<const int64_t*>(length.const_data_ptr());
+  p.length = cache_length(length, q);
   if (mask) {
     p.mask = static_cast<const unsigned char*>(dense_mask.const_data_ptr());
     copy_strides(dense_mask, p.mask_stride);

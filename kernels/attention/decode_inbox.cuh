@@ -9,14 +9,6 @@
 
 namespace torchtune_fused {
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-
 // Where a block of a cluster finds the results of all its active blocks for the pieces (four
 // columns of a row) that it merges: those of index split * share to (split + 1) * share.
 struct Inbox {

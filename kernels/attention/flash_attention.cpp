@@ -6,6 +6,7 @@
 
 #include "common/launch.h"
 #include "common/torch_utils.h"
+#include "rope/rope_tensors.h"
 
 namespace torchtune_fused {
 namespace {
@@ -34,8 +35,7 @@ Tensor with_aligned_rows(const Tensor& t) {
 // [b, h, s, d], in memory [b, s, h, d], so that heads are merged without a copy.
 Tensor new_heads(const Tensor& like) {
   return torch::stable::transpose(
-      allocate(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1,
-      2);
+      allocate(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
 }
 
 void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -143,8 +143,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_, const Ten
   const LaunchContext context(q_);
   const Tensor q = with_aligned_rows(q_), k = with_aligned_rows(k_), v = with_aligned_rows(v_);
   const Tensor out = new_heads(q);
-  const Tensor lse =
-      allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const Tensor lse = allocate(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   FlashAttentionParams p = flash_params(q, k, v, out, lse, mask, scale, softcap);
   p.length = length;
   if (q.numel()) launch_flash_forward(p, context.stream());
@@ -166,11 +165,7 @@ Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v
                          const Tensor& length, const std::optional<Tensor>& mask,
                          const std::optional<Tensor>& mask_kinds, double scale,
                          std::optional<int64_t> window) {
-  check_device(length, "length", q);
-  check_dtype(length, "length", ScalarType::Long);
-  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
-  return std::get<0>(forward(q, k_cache, v_cache,
-                             static_cast<const int64_t*>(length.const_data_ptr()),
+  return std::get<0>(forward(q, k_cache, v_cache, cache_length(length, q),
                              {mask, mask_kinds, std::nullopt, !mask, window}, scale, std::nullopt));
 }
 
@@ -178,8 +173,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& out_,
     const Tensor& lse_, const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_kinds,
     const std::optional<Tensor>& documents, bool causal, double scale,
-    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic) {
+    std::optional<int64_t> window, std::optional<double> softcap, bool deterministic,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    const std::optional<Tensor>& input_pos, bool interleaved) {
   check_qkv(q_, k_, v_);
+  TTF_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
   for (const auto& [tensor, name] : {std::pair(&grad_, "grad"), std::pair(&out_, "out")}) {
     check_device(*tensor, name, q_);
     check_dtype(*tensor, name, q_.scalar_type());
@@ -206,6 +204,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   copy_strides(grad_k, p.grad_k_stride);
   copy_strides(grad_v, p.grad_v_stride);
   p.deterministic = deterministic;
+  const std::optional<Tensor> positions = input_pos ? std::optional(dense(*input_pos)) : input_pos;
+  if (cos) {
+    Tensor q_heads = torch::stable::transpose(grad_q, 1, 2);
+    Tensor k_heads = torch::stable::transpose(grad_k, 1, 2);
+    p.rope = rope_in_place(q_heads, k_heads, *cos, *sin, positions, interleaved, true);
+  }
   if (q.numel()) {
     const int64_t bytes = flash_backward_workspace(p);
     const Tensor workspace = allocate(q, {bytes}, ScalarType::Byte);

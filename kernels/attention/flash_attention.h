@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/cuda_utils.h"
+#include "rope/rope.h"
 
 namespace torchtune_fused {
 
@@ -66,6 +67,8 @@ struct FlashAttentionBackwardParams {
   int64_t grad_k_stride[3];
   void* grad_v;
   int64_t grad_v_stride[3];
+  RopeParams rope;               // turns grad_q and grad_k, in place, to the gradients of what q and
+                                 // k were before their rotation; cos is null if they are none
   bool deterministic;            // the same bits in every run
 };
 

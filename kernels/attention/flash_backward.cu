@@ -1,6 +1,7 @@
 // The passes of the backward: the queries' statistics, then the gradients, then dQ in its own type.
-#include "attention/flash_backward.h"
-#include "attention/flash_tiles.cuh"
+#include <algorithm>
+
+#include "attention/flash_backward_passes.cuh"
 #include "common/launch.h"
 #include "common/tensor_map.h"
 
@@ -20,102 +21,6 @@ struct FlashBackwardSm90 {
 
 namespace {
 
-// ---- The passes before and after: a block for kBackwardRows queries of a head ------------------
-
-constexpr int kRowThreads = 256;
-
-// Where a block's queries are. Heads come first, since in memory they mostly lie side by side.
-struct QueryBlock {
-  int batch, head, first;  // query
-  int64_t row;             // in the workspace
-
-  __device__ __forceinline__ QueryBlock(const FlashAttentionParams& p,
-                                        const FlashBackwardWorkspace& workspace) {
-    const int blocks = workspace.padded_queries / kBackwardRows;  // of a head
-    head = blockIdx.x % p.heads;
-    first = blockIdx.x / p.heads % blocks * kBackwardRows;
-    batch = blockIdx.x / p.heads / blocks;
-    row = (int64_t{batch} * p.heads + head) * workspace.padded_queries + first;
-  }
-};
-
-// delta = sum(grad_out * out) by kLanes lanes a query, padding included, and zeros for the sums of
-// dQ. Without a bound on blocks ptxas aims at so few registers that it spills.
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kRowThreads, 2)
-    row_stats_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
-                     const __grid_constant__ FlashBackwardWorkspace workspace) {
-  constexpr int kStep = kRowThreads / kLanes, kBatch = 4;  // queries, and loads, at a time
-  const FlashAttentionParams& p = params.forward;
-  const QueryBlock at(p, workspace);
-  const int lane = threadIdx.x % kLanes, column = lane * 8;
-  const T* out = static_cast<const T*>(p.out) + at.batch * p.out_stride[0] +
-                 at.head * p.out_stride[1] + column;
-  const T* grad = static_cast<const T*>(params.grad_out) + at.batch * params.grad_out_stride[0] +
-                  at.head * params.grad_out_stride[1] + column;
-  const float* lse = p.lse + (int64_t{at.batch} * p.heads + at.head) * p.queries;
-#pragma unroll 1
-  for (int i = threadIdx.x / kLanes; i < kBackwardRows; i += kBatch * kStep) {
-    uint4 o[kBatch] = {}, g[kBatch] = {};
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int query = at.first + i + j * kStep;
-      if (query >= p.queries || column >= p.head_dim) continue;
-      o[j] = *reinterpret_cast<const uint4*>(out + query * p.out_stride[2]);
-      g[j] = *reinterpret_cast<const uint4*>(grad + query * params.grad_out_stride[2]);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int query = at.first + i + j * kStep;
-      float delta = dot<T>(o[j], g[j]);
-#pragma unroll
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        delta += __shfl_xor_sync(~0u, delta, offset);
-      }
-      if (lane == 0) {
-        workspace.stats[at.row + i + j * kStep] = {
-            query < p.queries ? lse[query] * kLog2E : 0.f, delta};
-      }
-    }
-  }
-  if (params.deterministic) return;
-  float4* sums = reinterpret_cast<float4*>(workspace.grad_q + at.row * workspace.padded_dim);
-  const int count = kBackwardRows * workspace.padded_dim / 4;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kRowThreads) sums[i] = {0.f, 0.f, 0.f, 0.f};
-}
-
-// The fp32 sums of dQ, times the scale: a lane takes 8 columns of two rows of a fragment.
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    convert_grad_q_kernel(const __grid_constant__ FlashAttentionBackwardParams params,
-                          const __grid_constant__ FlashBackwardWorkspace workspace) {
-  const FlashAttentionParams& p = params.forward;
-  const QueryBlock at(p, workspace);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float* sums = workspace.grad_q + (at.row + warp * 16) * workspace.padded_dim;
-  T* rows = static_cast<T*>(params.grad_q) + at.batch * params.grad_q_stride[0] +
-            at.head * params.grad_q_stride[1];
-  const int first = at.first + warp * 16 + lane / 4;
-  const float scale = static_cast<float>(p.scale);
-#pragma unroll 2
-  for (int column = lane % 4 * 8; column < p.head_dim; column += 32) {
-    float values[2][8];
-    read_fragment_rows(values, sums + column * 16, lane / 4);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int query = first + j * 8;
-      if (query >= p.queries) continue;
-      const float(&v)[8] = values[j];
-      *reinterpret_cast<uint4*>(rows + query * params.grad_q_stride[2] + column) = {
-          pack<T>(v[0] * scale, v[1] * scale), pack<T>(v[2] * scale, v[3] * scale),
-          pack<T>(v[4] * scale, v[5] * scale), pack<T>(v[6] * scale, v[7] * scale)};
-    }
-  }
-}
-
-// ---- The gradients ------------------------------------------------------------------------------
-
 #ifdef TTF_HAS_SM90
 // Whether Hopper's kernel takes the case.
 bool sm90_takes(const FlashAttentionBackwardParams& p) {
@@ -129,8 +34,8 @@ bool sm90_takes(const FlashAttentionBackwardParams& p) {
 }
 #endif
 
-void launch_gradients(const FlashAttentionBackwardParams& p, const FlashBackwardWorkspace& workspace,
-                      cudaStream_t stream) {
+void launch_gradients(const FlashAttentionBackwardParams& p,
+                      const FlashBackwardWorkspace& workspace, cudaStream_t stream) {
 #ifdef TTF_HAS_SM90
   if (sm90_takes(p)) {
     if (p.forward.head_dim == 64) return FlashBackwardSm90<64>::launch(p, workspace, stream);
@@ -148,19 +53,28 @@ void launch_gradients(const FlashAttentionBackwardParams& p, const FlashBackward
 template <typename T>
 void launch_passes(const FlashAttentionBackwardParams& p, const FlashBackwardWorkspace& workspace,
                    cudaStream_t stream) {
-  const int64_t blocks = workspace.rows(p) / kBackwardRows;
-  TTF_CHECK(blocks < int64_t{1} << 31, "too many queries: ", workspace.rows(p));
+  const FlashAttentionParams& f = p.forward;
+  const bool turns = turns_vectors(p) && !p.deterministic;
+  const int64_t stats_blocks = workspace.rows(p) / kBackwardRows;
+  const int64_t groups = (f.heads + (turns ? f.kv_heads : 0) + kConvertHeads - 1) / kConvertHeads;
+  const int64_t convert_blocks = workspace.rows(p) / f.heads / kConvertRows * groups;
+  TTF_CHECK(std::max(stats_blocks, convert_blocks) < int64_t{1} << 31, "too many queries: ",
+            workspace.rows(p));
   const int d = workspace.padded_dim;
   const auto row_stats = d == 64    ? row_stats_kernel<T, 8>
                          : d <= 128 ? row_stats_kernel<T, 16>
                                     : row_stats_kernel<T, 32>;
-  row_stats<<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, workspace);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  launch_waiting(row_stats, static_cast<unsigned>(stats_blocks), kPassThreads, 0, stream, p,
+                 workspace);
   launch_gradients(p, workspace, stream);
-  if (p.deterministic) return;
-  convert_grad_q_kernel<T>
-      <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, workspace);
-  TTF_CUDA_CHECK(cudaGetLastError());
+  if (!p.deterministic) {
+    launch_waiting(convert_kernel<T>, static_cast<unsigned>(convert_blocks), kPassThreads, 0,
+                   stream, p, workspace, turns);
+  }
+  if (p.rope.cos == nullptr || turns) return;
+  RopeParams rope = p.rope;
+  plan_rope(rope);
+  launch_rope(rope, stream);
 }
 
 }  // namespace

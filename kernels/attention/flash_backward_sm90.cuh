@@ -364,6 +364,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     fence_init();
   }
+  launch_dependents();
+  wait_for_grid();
   __syncthreads();
 
   if (warp < 4) {
@@ -413,8 +415,7 @@ struct FlashBackwardSm90 {
   static void start(Kernel* kernel, const BackwardKernelParams& p, cudaStream_t stream) {
     constexpr int kShared = sizeof(BackwardShared<Shape>);
     allow_shared_memory(kernel, kShared);
-    kernel<<<p.schedule.blocks(), Shape::kThreads, kShared, stream>>>(p);
-    TTF_CUDA_CHECK(cudaGetLastError());
+    launch_waiting(kernel, p.schedule.blocks(), Shape::kThreads, kShared, stream, p);
   }
 };
 

@@ -22,7 +22,11 @@ struct Schedule {
     const int64_t fill = waves * blocks_per_sm * device_properties().num_sms / tiles + 1;
     const int64_t least = std::max(kL2Share / std::max<int64_t>(bytes, 1), fill);
     const int64_t sections = std::max<int64_t>(heads / least, 1);
-    const int64_t section = (heads / granule + sections - 1) / sections * granule;
+    int64_t section = (heads / granule + sections - 1) / sections * granule;
+    // What is left for the last section must be 4/3 waves or more: fewer blocks start nearly at the
+    // same time, and all SMs wait for the long ones among them.
+    const int64_t enough = 4 * blocks_per_sm * device_properties().num_sms / (3 * tiles);
+    while (section < heads && (heads - 1) % section + 1 < enough) section += granule;
     return {static_cast<int>(heads), tiles, static_cast<int>(section)};
   }
   unsigned blocks() const {

@@ -185,17 +185,19 @@ __device__ __forceinline__ void add_fragment(float* sums, int lane, const float 
 }
 
 // Rows r and r + 8 of the sums as add_fragment left them.
-__device__ __forceinline__ void read_fragment_rows(float (&rows)[2][8], const float* sums, int r) {
+__device__ __forceinline__ void read_fragment_rows(float (&row)[8], float (&row_8)[8],
+                                                   const float* sums, int r) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #if __CUDA_ARCH__ >= 900
     const float4 v = reinterpret_cast<const float4*>(sums)[4 * r + i];  // of lane 4 r + i
-    rows[0][2 * i] = v.x, rows[0][2 * i + 1] = v.y;
-    rows[1][2 * i] = v.z, rows[1][2 * i + 1] = v.w;
+    row[2 * i] = v.x, row[2 * i + 1] = v.y;
+    row_8[2 * i] = v.z, row_8[2 * i + 1] = v.w;
 #else
     const float4 v = reinterpret_cast<const float4*>(sums + i * 32)[r];  // d[i] of four lanes
-    rows[i / 2][i % 2] = v.x, rows[i / 2][2 + i % 2] = v.y;
-    rows[i / 2][4 + i % 2] = v.z, rows[i / 2][6 + i % 2] = v.w;
+    float(&to)[8] = i < 2 ? row : row_8;
+    to[i % 2] = v.x, to[2 + i % 2] = v.y;
+    to[4 + i % 2] = v.z, to[6 + i % 2] = v.w;
 #endif
   }
 }

@@ -95,6 +95,14 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& x,
   check_contiguous(t, name);
 }
 
+// How many slots of a KV cache are filled: one integer, to be read on the device.
+inline const int64_t* cache_length(const Tensor& length, const Tensor& q) {
+  check_device(length, "length", q);
+  check_dtype(length, "length", ScalarType::Long);
+  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
+  return static_cast<const int64_t*>(length.const_data_ptr());
+}
+
 // A contiguous tensor of its own on the device of `like`, and of its dtype unless another is given.
 // Like `dense`, not through the dispatcher, on which a small op would spend most of its time.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,

@@ -50,7 +50,7 @@ TokensParams tokens_of(const Tensor& x, const std::optional<Tensor>& norm_weight
   p.tokens = static_cast<int>(tokens);
   p.k = static_cast<int>(k);
   if (tokens_need_scratch(p)) {
-    scratch = torch::stable::empty_like(x);
+    scratch = allocate(x, x.sizes());
     p.scratch = scratch.mutable_data_ptr();
   }
   return p;
@@ -83,8 +83,7 @@ Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<
               "residual must have the shape of the output, ", p.in.tokens, " tokens of ", p.n,
               ", got ", shape_string(*residual));
   }
-  Tensor out = fp32_out ? torch::stable::new_empty(x, shape, ScalarType::Float)
-                        : torch::stable::new_empty(x, shape);
+  Tensor out = allocate(x, shape, fp32_out ? ScalarType::Float : x.scalar_type());
   p.weight = weight.const_data_ptr();
   p.bias = data_or_null(bias);
   p.residual = data_or_null(residual);
@@ -107,7 +106,7 @@ Tensor decode_gated(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,
   check_operand(w_up, "w_up", x, {p.n, p.in.k});
   check_operand(b_gate, "b_gate", x, {p.n});
   check_operand(b_up, "b_up", x, {p.n});
-  Tensor out = torch::stable::new_empty(x, with_last(x, p.n));
+  Tensor out = allocate(x, with_last(x, p.n));
   p.gate = w_gate.const_data_ptr();
   p.up = w_up.const_data_ptr();
   p.b_gate = data_or_null(b_gate);
@@ -192,7 +191,7 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
   p.head_eps = static_cast<float>(head_eps);
   p.norm_before_rope = norm_before_rope;
   p.cache_pos = static_cast<const int64_t*>(cache_pos.const_data_ptr());
-  Tensor q = torch::stable::new_empty(x, {batch, steps, p.heads, head_dim});
+  Tensor q = allocate(x, {batch, steps, p.heads, head_dim});
   p.q = q.mutable_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
   p.v_cache = v_cache.mutable_data_ptr();
@@ -216,9 +215,6 @@ Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
                 max_len < 1 << 20,
             "q must have 1 to 8 heads for each of the caches', of less than 2^20 slots, got ",
             shape_string(q), " and caches of ", shape_string(k_cache));
-  check_device(length, "length", q);
-  check_dtype(length, "length", ScalarType::Long);
-  TTF_CHECK(length.numel() == 1, "length must have one element, got ", length.numel());
   if (mask) {
     check_device(*mask, "mask", q);
     check_dtype(*mask, "mask", ScalarType::Bool);
@@ -233,11 +229,11 @@ Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   check_operand(residual, "residual", q, {1, 1, linear.n});
 
   p.parts.group = static_cast<int>(heads / kv_heads);
-  p.parts.length = static_cast<const int64_t*>(length.const_data_ptr());
+  p.parts.length = cache_length(length, q);
   p.parts.max_len = max_len;
   p.parts.reads_ahead = may_read_cache_ahead(context.stream());
   const int64_t rows = heads * kMaxSplits;
-  Tensor workspace = torch::stable::new_empty(q, {rows * (head_dim + 2)}, ScalarType::Float);
+  Tensor workspace = allocate(q, {rows * (head_dim + 2)}, ScalarType::Float);
   p.parts.outs = static_cast<float*>(workspace.mutable_data_ptr());
   p.parts.stats = reinterpret_cast<float2*>(p.parts.outs + rows * head_dim);
   p.q = q.const_data_ptr();
@@ -246,7 +242,7 @@ Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   p.scale = 1 / std::sqrt(static_cast<double>(head_dim));
   p.kv_heads = static_cast<int>(kv_heads);
 
-  Tensor out = torch::stable::new_empty(q, {1, 1, linear.n});
+  Tensor out = allocate(q, {1, 1, linear.n});
   linear.in.parts = p.parts;
   linear.in.tokens = 1;
   linear.in.k = static_cast<int>(heads * head_dim);

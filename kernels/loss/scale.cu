@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(ScaleParams p) {
 template <typename T>
 void launch(const ScaleParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.n / Vector<T>::kWidth + kThreads) / kThreads;
-  const int64_t fill = 2 * device_properties().num_sms;
+  const int64_t fill = 4 * device_properties().num_sms;
   scale_kernel<T><<<static_cast<unsigned>(std::min(blocks, fill)), kThreads, 0, stream>>>(p);
   TTF_CUDA_CHECK(cudaGetLastError());
 }

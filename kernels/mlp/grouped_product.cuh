@@ -1,7 +1,8 @@
 // Up to three sums of matrix products in one launch on Hopper: linear layers of one input with
 // their adapters, out = x weight^T + low b^T, or the gradient of that input, out = sum of grad
-// weight. No sum leaves the registers before it is complete, so none is read back from memory. To the
-// only sum of a launch a matrix can be added, such as a residual stream.
+// weight. No sum leaves the registers before it is complete, so none is read back from memory. To
+// the only sum of a launch a matrix can be added, such as a residual stream; queries and keys can
+// be rotated.
 //
 // Tiles: 128 x 256 of an output; of a cluster, each block loads half of the second operand's tile.
 // What is added comes through the same ring, its 128 x 256 in two stages after those of the products.
@@ -14,6 +15,7 @@
 
 #include "mlp/mlp.h"
 #include "mlp/product.cuh"
+#include "mlp/rotate_heads.cuh"
 
 namespace torchtune_fused {
 
@@ -26,6 +28,7 @@ struct GroupedProductMaps {
 
 struct GroupedProductShape {
   int rows, outputs;
+  int rotated;                // how many of the outputs, the first ones
   int steps[kMaxTerms];       // of kDepth
   int term_ends[kMaxSums];    // how many terms there are up to and with those of an output
   int column_ends[kMaxSums];  // likewise columns of tiles
@@ -66,12 +69,14 @@ __device__ __forceinline__ void add_stages(float (&sum)[128], Ring<kGroupedStage
 template <typename T, bool kAcrossK>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     grouped_product_kernel(const __grid_constant__ GroupedProductMaps maps,
-                           const __grid_constant__ GroupedProductShape shape) {
+                           const __grid_constant__ GroupedProductShape shape,
+                           const __grid_constant__ RopeParams rope) {
   extern __shared__ uint8_t raw[];
   uint8_t* shared = align_1024(raw);
   const uint32_t boxes = shared_address(shared);
   Ring<kGroupedStages> ring(shared + 2 * 2 * kBoxBytes);
-  const int rank = cluster_rank(), warpgroup = threadIdx.x / 128;
+  // Rather than from cluster_rank(), which would be kept in a register.
+  const int rank = blockIdx.x % 2, warpgroup = threadIdx.x / 128;
   if (threadIdx.x == 0) {
     ring.init_barriers();
     fence_init();
@@ -139,7 +144,18 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       locate(tile);
       int steps = 0;
       for (; term < shape.term_ends[output]; ++term) steps += shape.steps[term];
-      multiply<T, kAcrossK>(sum, ring, steps, half);
+      if constexpr (kAcrossK) {
+        multiply<T, kAcrossK>(sum, ring, steps, half);
+      } else {
+        Angles angles;
+        const bool rotates = output < shape.rotated;
+        multiply<T, kAcrossK>(sum, ring, steps, half, [&](int step) {
+          if (step > 0 || !rotates) return;
+          angles.locate(rope, (2 * row_pair + rank) * kRows + half * 64);
+          angles.load(rope, 0);
+        });
+        if (rotates) rotate_heads(sum, rope, angles);
+      }
       if (shape.adds) add_stages<T>(sum, ring, half, box_row);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -8,8 +8,10 @@ namespace {
 template <typename T, bool kAcrossK>
 void launch(const GroupedProductParams& p, cudaStream_t stream) {
   GroupedProductMaps maps;
-  GroupedProductShape shape = {
-      .rows = p.rows, .outputs = p.sums, .adds = p.addend != nullptr};
+  GroupedProductShape shape = {.rows = p.rows,
+                               .outputs = p.sums,
+                               .rotated = p.rope.cos != nullptr ? p.sums - 1 : 0,
+                               .adds = p.addend != nullptr};
   int columns = 0;
   for (int i = 0, term = 0; i < p.sums; ++i) {
     const int n = p.n[i];
@@ -26,7 +28,8 @@ void launch(const GroupedProductParams& p, cudaStream_t stream) {
     }
   }
   if (shape.adds) maps.addend = matrix_map(p.addend, p.rows, p.n[0], kRows, p.dtype);
-  launch_product(grouped_product_kernel<T, kAcrossK>, kGroupedSharedBytes, stream, maps, shape);
+  launch_product(grouped_product_kernel<T, kAcrossK>, kGroupedSharedBytes, stream, maps, shape,
+                 p.rope);
 }
 
 template <typename T>

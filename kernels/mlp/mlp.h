@@ -5,6 +5,7 @@
 
 #include "common/activation.h"
 #include "common/cuda_utils.h"
+#include "rope/rope.h"
 
 namespace torchtune_fused {
 
@@ -66,7 +67,8 @@ struct GatedLinearBackwardParams {
 };
 
 // Sums of products: outs[i] = the sum of its terms, first second^T, or first second with `across`,
-// and of the addend, if there is one; then there is one sum only.
+// and of the addend, if there is one; then there is one sum only. With `rope`, the heads of all
+// sums but the last are turned by the angles of their tokens.
 constexpr int kMaxSums = 3, kMaxTerms = 6;
 constexpr int kClusterTile = 256;  // rows and columns that a cluster of two blocks takes at a time
 
@@ -83,6 +85,7 @@ struct GroupedProductParams {
   ProductTerm terms[kMaxTerms];  // those of one output after those of another
   int term_ends[kMaxSums];       // how many terms there are up to and with those of an output
   const void* addend;            // [rows, n], or null
+  RopeParams rope;               // cos is null: nothing is turned
   int sums, rows;
   bool across;
   DType dtype;

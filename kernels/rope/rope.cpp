@@ -1,5 +1,5 @@
 // Queries and keys normalised and rotated: checks on the tensors, and the launches.
-#include "rope/rope.h"
+#include "rope/rope_tensors.h"
 
 #include <optional>
 #include <string>
@@ -9,6 +9,44 @@
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
+
+RopeParams rope_angles(const Tensor& like, int64_t b, int64_t s, int64_t d, const Tensor& cos,
+                       const Tensor& sin, const std::optional<Tensor>& input_pos,
+                       bool interleaved) {
+  check_shape(cos, "cos", {-1, d / 2});
+  check_shape(sin, "sin", {cos.size(0), d / 2});
+  check_device(cos, "cos", like);
+  check_device(sin, "sin", like);
+  check_dtype(sin, "sin", cos.scalar_type());
+  RopeParams p = {.of = {},
+                  .cos = cos.const_data_ptr(),
+                  .sin = sin.const_data_ptr(),
+                  .cos_stride = {cos.stride(0), cos.stride(1)},
+                  .sin_stride = {sin.stride(0), sin.stride(1)},
+                  .max_len = cos.size(0),
+                  .interleaved = interleaved,
+                  .tokens = b * s,
+                  .steps = static_cast<int>(s),
+                  .head_dim = static_cast<int>(d),
+                  .dtype = floating_dtype(like, "x"),
+                  .table_dtype = floating_dtype(cos, "cos")};
+  if (!input_pos) {
+    TTF_CHECK(s <= cos.size(0), "cos must have a row for each of ", s, " tokens, got ",
+              cos.size(0));
+    return p;
+  }
+  check_device(*input_pos, "input_pos", like);
+  check_contiguous(*input_pos, "input_pos");
+  const ScalarType type = input_pos->scalar_type();
+  TTF_CHECK(type == ScalarType::Int || type == ScalarType::Long,
+            "input_pos must be int32 or int64, got ", torch::headeronly::toString(type));
+  TTF_CHECK(input_pos->numel() == s || input_pos->numel() == b * s, "input_pos must have ", s,
+            " or ", b * s, " elements, got ", input_pos->numel());
+  p.input_pos = input_pos->const_data_ptr();
+  p.input_pos_int32 = type == ScalarType::Int;
+  p.input_pos_batched = input_pos->numel() != s;
+  return p;
+}
 
 namespace {
 
@@ -25,40 +63,7 @@ RopeParams params_of(const Tensor& x, const Tensor& cos, const Tensor& sin,
   TTF_CHECK(x.dim() == 4 && x.size(3) % 2 == 0 && x.size(3) <= kRopeMaxHeadDim,
             "x must have shape [b, s, heads, d], d even and at most ", kRopeMaxHeadDim, ", got ",
             shape_string(x));
-  const int64_t b = x.size(0), s = x.size(1), d = x.size(3);
-  check_shape(cos, "cos", {-1, d / 2});
-  check_shape(sin, "sin", {cos.size(0), d / 2});
-  check_device(cos, "cos", x);
-  check_device(sin, "sin", x);
-  check_dtype(sin, "sin", cos.scalar_type());
-  RopeParams p = {.of = {},
-                  .cos = cos.const_data_ptr(),
-                  .sin = sin.const_data_ptr(),
-                  .cos_stride = {cos.stride(0), cos.stride(1)},
-                  .sin_stride = {sin.stride(0), sin.stride(1)},
-                  .max_len = cos.size(0),
-                  .interleaved = interleaved,
-                  .tokens = b * s,
-                  .steps = static_cast<int>(s),
-                  .head_dim = static_cast<int>(d),
-                  .dtype = floating_dtype(x, "x"),
-                  .table_dtype = floating_dtype(cos, "cos")};
-  if (!input_pos) {
-    TTF_CHECK(s <= cos.size(0), "cos must have a row for each of ", s, " tokens, got ",
-              cos.size(0));
-    return p;
-  }
-  check_device(*input_pos, "input_pos", x);
-  check_contiguous(*input_pos, "input_pos");
-  const ScalarType type = input_pos->scalar_type();
-  TTF_CHECK(type == ScalarType::Int || type == ScalarType::Long,
-            "input_pos must be int32 or int64, got ", torch::headeronly::toString(type));
-  TTF_CHECK(input_pos->numel() == s || input_pos->numel() == b * s, "input_pos must have ", s,
-            " or ", b * s, " elements, got ", input_pos->numel());
-  p.input_pos = input_pos->const_data_ptr();
-  p.input_pos_int32 = type == ScalarType::Int;
-  p.input_pos_batched = input_pos->numel() != s;
-  return p;
+  return rope_angles(x, x.size(0), x.size(1), x.size(3), cos, sin, input_pos, interleaved);
 }
 
 // Heads that go with `first`, the other ones of the same tokens, and their output [b, s, heads, d].
@@ -108,6 +113,15 @@ std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
 }
 
 }  // namespace
+
+RopeParams rope_in_place(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin,
+                         const std::optional<Tensor>& input_pos, bool interleaved, bool inverse) {
+  RopeParams p = params_of(q, cos, sin, input_pos, interleaved);
+  p.inverse = inverse;
+  p.of[0] = heads_of(q, "q", q, q);
+  p.of[1] = heads_of(k, "k", q, k);
+  return p;
+}
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
             const std::optional<Tensor>& input_pos, bool interleaved, bool inverse) {

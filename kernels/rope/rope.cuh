@@ -9,10 +9,9 @@
 // block's tokens and the norm's weight are staged in shared memory.
 #pragma once
 
-#include "common/elements.cuh"
 #include "common/types.cuh"
 #include "common/vec.cuh"
-#include "rope/rope.h"
+#include "rope/angles.cuh"
 
 namespace torchtune_fused {
 
@@ -176,26 +175,15 @@ struct alignas(16) Staged {
   Acc norm[kRopeMaxHeadDim];
 };
 
-__device__ __forceinline__ int64_t position_of(const RopeParams& p, int64_t token) {
-  const int64_t index = p.input_pos_batched ? token : token % p.steps;
-  if (p.input_pos == nullptr) return index;
-  return p.input_pos_int32 ? static_cast<const int32_t*>(p.input_pos)[index]
-                           : static_cast<const int64_t*>(p.input_pos)[index];
-}
-
-// The angles of this warp's token. A position that the tables don't have turns its token to NaN.
+// The angles of this warp's token.
 template <typename Acc>
 __device__ __forceinline__ void stage_angles(const RopeParams& p, int64_t token, Acc* cos,
                                              Acc* sin) {
   __syncwarp();
   if (token < p.tokens) {
-    const int64_t position = position_of(p, token);
-    const bool known = position >= 0 && position < p.max_len;
+    const int64_t position = position_of(p, token / p.steps, token % p.steps);
     for (int i = threadIdx.x % 32; i < p.head_dim / 2; i += 32) {
-      const int64_t at_cos = position * p.cos_stride[0] + i * p.cos_stride[1];
-      const int64_t at_sin = position * p.sin_stride[0] + i * p.sin_stride[1];
-      cos[i] = known ? load_element<Acc>(p.cos, at_cos, p.table_dtype) : static_cast<Acc>(NAN);
-      sin[i] = known ? load_element<Acc>(p.sin, at_sin, p.table_dtype) : static_cast<Acc>(NAN);
+      load_angle(p, position, i, cos[i], sin[i]);
     }
   }
   __syncwarp();

@@ -31,6 +31,7 @@ from torchtune_fused.ops import (
     qk_norm_rope_append,
     qkv_linear,
     rms_norm,
+    rotary_self_attention,
     tied_embedding,
 )
 
@@ -118,6 +119,19 @@ def attentions(deterministic=False):
     torch.use_deterministic_algorithms(False)
 
 
+def rotated_attention():
+    ops, options = torch.ops.torchtune_fused, (None, None, None, True, 0.1, None, None)
+    tables = torch.rand(2, 200, 64, device=DEVICE)
+    for s, d in [(67, 64), (200, 128), (130, 96)]:
+        tensors = [normal(2, s, h, d).transpose(1, 2) for h in (5, 1, 1)]
+        out, lse = ops.attention(*tensors, *options)
+        rotation = *(t[:, : d // 2] for t in tables), None
+        for interleaved in (True, False):
+            ops.attention_backward(
+                *(out, *tensors, out, lse, *options), False, *rotation, interleaved
+            )
+
+
 def attention_rings():
     # More tiles than multiprocessors and more blocks of keys than slots, so that the Hopper kernels
     # use every slot again.
@@ -167,6 +181,10 @@ def products():
     x, residual = normal(66 * 256 - 1, 72), normal(66 * 256 - 1, 72).requires_grad_()
     matrices = weight(104, 72), weight(104, 72), weight(72, 104)
     backward(gated_mlp(x, *matrices, residual=residual))
+    x, matrices = normal(1, 22 * 256 - 1, 72).requires_grad_(), [weight(192, 72) for _ in range(3)]
+    tables = torch.rand(22 * 256, 32, 2, device=DEVICE).unbind(-1)
+    layers = (AdaptedLinear(matrix) for matrix in matrices)
+    backward(rotary_self_attention(x, *layers, *tables, interleaved=True, window=64, causal=True))
 
 
 FAMILIES = {
@@ -174,6 +192,7 @@ FAMILIES = {
     "cached_attention": cached_attention,
     "sampling": sampling,
     "attention": attentions,
+    "rotated_attention": rotated_attention,
     "attention_rings": attention_rings,
     "deterministic_attention": lambda: attentions(deterministic=True),
     "norms_and_rotations": norms_and_rotations,

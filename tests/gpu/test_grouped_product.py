@@ -84,6 +84,61 @@ def test_addend(assert_as_exact, dtype, across, rows, n, ks):
     assert torch.equal(addend, kept)
 
 
+@hopper
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "b, s, k, widths, ranks, positions",
+    [
+        (4, 512, 2048, (2048, 512, 512), (0, 0, 0), None),
+        (3, 1031, 64, (1024, 512, 520), (0, 0, 0), (1031,)),
+        (1, 4099, 136, (768, 128, 264), (8, 0, 16), (1, 4099)),
+        (2, 4096, 512, (1024, 256, 256), (16, 16, 16), (2, 4096)),
+    ],
+)
+def test_rotation(assert_as_exact, dtype, interleaved, d, b, s, k, widths, ranks, positions):
+    angles = 6 * torch.rand(5000, d // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    if interleaved:
+        cos, sin = torch.stack((cos, sin), -1).unbind(-1)  # as torchtune keeps them
+    input_pos = None if positions is None else torch.randint(5000, positions, device="cuda")
+    x = normal(b * s, k, dtype=dtype)
+    firsts, seconds, terms = [], [], []
+    for n, rank in zip(widths, ranks, strict=True):
+        firsts += [x, normal(b * s, rank, dtype=dtype)] if rank else [x]
+        seconds += [normal(n, depth, dtype=dtype) for depth in ((k, rank) if rank else (k,))]
+        terms.append(2 if rank else 1)
+    arguments = firsts, seconds, terms, False, None, cos, sin, input_pos, interleaved, s
+    assert ops.grouped_product_takes(*arguments)
+    found = ops.grouped_product(*arguments)
+
+    def plain(dtype):
+        products = iter(
+            first.to(dtype) @ second.to(dtype).t()
+            for first, second in zip(firsts, seconds, strict=True)
+        )
+        *heads, v = [sum(next(products) for _ in range(count)) for count in terms]
+        heads = [ops.rope(t.view(b, s, -1, d), *arguments[5:9], False) for t in heads]
+        return [*(t.view(b * s, -1) for t in heads), v]
+
+    for mine, theirs, exact in zip(found, plain(dtype), plain(torch.float64), strict=True):
+        assert_as_exact(mine, theirs, exact, dtype)
+
+
+@hopper
+def test_positions_without_angles_turn_to_nan():
+    angles = torch.rand(100, 32, 2, device="cuda")
+    x = normal(8192, 256, dtype=torch.bfloat16)
+    weights = [normal(512, 256, dtype=torch.bfloat16) for _ in range(3)]
+    positions = torch.randint(100, (8192,), device="cuda")
+    positions[77], positions[99] = 100, -1
+    tables = *angles.unbind(-1), positions
+    outs = ops.grouped_product([x] * 3, weights, [1, 1, 1], False, None, *tables, True, 8192)
+    rows = [out.isnan().any(1).nonzero().flatten().tolist() for out in outs]
+    assert rows == [[77, 99], [77, 99], []]
+
+
 def test_sum_of_one_and_of_odd_sizes(assert_as_exact):
     for rows, n, ks in ((3, 5, (7,)), (1000, 33, (65, 3)), (4096, 1024, (512,))):
         firsts = [normal(rows, k, dtype=torch.bfloat16) for k in ks]

@@ -71,7 +71,10 @@ def test_losses_and_gradients(assert_as_exact, dtype, shape, softcap, z_loss, re
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32, torch.float64])
-@pytest.mark.parametrize("rows, vocab", [(1, 1), (5, 8), (3, 127), (7, 4096), (2, 256001)])
+# Rows for one block, for two and for four that share them, and one too long for shared memory.
+@pytest.mark.parametrize(
+    "rows, vocab", [(1, 1), (5, 8), (3, 127), (7, 4096), (5, 50003), (3, 128256), (2, 256001)]
+)
 @pytest.mark.parametrize("softcap, z_loss", [(0.0, 0.0), (5.0, 0.1)])
 def test_one_chunk_is_what_its_reference_gives(dtype, rows, vocab, softcap, z_loss):
     padded = torch.randn(rows, -(-vocab // 8) * 8, device="cuda", dtype=dtype)
@@ -111,8 +114,9 @@ def test_runs_are_bitwise_the_same():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_shows_as_in_pytorch(value):
-    logits = torch.randn(4, 1000, device="cuda")
+@pytest.mark.parametrize("vocab", [1000, 64000])  # one block a row, several
+def test_what_is_not_finite_shows_as_in_pytorch(value, vocab):
+    logits = torch.randn(4, vocab, device="cuda")
     logits[1, 77] = value
     logits[2] = -torch.inf
     targets = torch.tensor([5, 77, 9, 11], device="cuda")

@@ -1,12 +1,17 @@
-"""When attention projects queries, keys and values by one op, and that it makes no difference."""
+"""When attention projects queries, keys and values by one op, and that it makes no difference.
+
+With rotary embeddings that op rotates and attends too.
+"""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import KVCache, MultiHeadAttention
+from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import KVCache, MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from torchtune_fused.modules import FusedAttention, FusedLoRALinear
@@ -22,7 +27,7 @@ def lora(i, o, alpha=4, **kwargs):
     return LoRALinear(i, o, rank=2, alpha=alpha, **kwargs)
 
 
-def pair(q, k=None, v=None, output=plain):
+def pair(q, k=None, v=None, output=plain, **options):
     """A stock attention with random parameters, all of which matter, and ours with a copy."""
     k, v = k or q, v or q
     stock = MultiHeadAttention(
@@ -34,6 +39,7 @@ def pair(q, k=None, v=None, output=plain):
         k_proj=k(DIM, KV_HEADS * HEAD_DIM),
         v_proj=v(DIM, KV_HEADS * HEAD_DIM),
         output_proj=output(HEADS * HEAD_DIM, DIM),
+        **options,
     )
     for parameter in stock.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -44,11 +50,11 @@ def self_attention(module, x):
     return module(x, x)
 
 
-def op_calls(module, *inputs):
+def op_calls(module, *inputs, op="qkv_linear", **kwargs):
     """How often a call of the module runs the op."""
     with torch.profiler.profile() as profile:
-        module(*inputs)
-    return sum(e.count for e in profile.key_averages() if e.key == "torchtune_fused::qkv_linear")
+        module(*inputs, **kwargs)
+    return sum(e.count for e in profile.key_averages() if e.key == f"torchtune_fused::{op}")
 
 
 def x(b=2):
@@ -74,6 +80,64 @@ def test_results(kinds, assert_same):
     assert_same(fused, stock, [x()], self_attention)
     tokens = x()
     assert op_calls(fused, tokens, tokens) == 1
+
+
+ROTARY = "rotary_self_attention"
+
+
+def rotary(*kinds, rope=RotaryPositionalEmbeddings, **options):
+    return pair(*kinds, pos_embeddings=rope(HEAD_DIM, max_seq_len=32), **options)
+
+
+@pytest.mark.parametrize("rope", [RotaryPositionalEmbeddings, Qwen2RotaryPositionalEmbeddings])
+@pytest.mark.parametrize("kind", [plain, nn.Linear, lora, lambda i, o: lora(i, o, dropout=0.3)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"input_pos": torch.randint(32, (2, S))},
+        {"mask": torch.ones(2, S, S).tril(2).bool(), "input_pos": torch.randperm(S)},
+        {"mask": create_block_mask(lambda b, h, q, k: q >= k - 1, 2, None, S, S, device="cpu")},
+    ],
+    ids=["causal", "positions", "mask", "block mask"],
+)
+def test_with_rotary_embeddings(rope, kind, arguments, assert_same):
+    fused, stock = rotary(kind, rope=rope)
+    dense = dict(arguments)
+    if "mask" in arguments and not isinstance(arguments["mask"], torch.Tensor):
+        dense["mask"] = torch.ones(2, S, S).tril(1).bool()
+    tokens = x()
+    assert_same(
+        fused,
+        stock,
+        [tokens],
+        call=lambda module, t: module(t, t, **arguments),
+        stock_call=lambda module, t: module(t, t, **dense),
+    )
+    assert op_calls(fused, tokens, tokens, op=ROTARY, **arguments) == 1
+
+
+@pytest.mark.parametrize("reason", ["norms", "dropout", "hook", "other tokens", "float mask"])
+def test_what_runs_step_by_step(reason, assert_same):
+    options, arguments = {}, {}
+    if reason == "norms":
+        options = {"q_norm": RMSNorm(HEAD_DIM), "k_norm": RMSNorm(HEAD_DIM)}
+    if reason == "dropout":
+        options = {"attn_dropout": 0.3}
+    if reason == "float mask":
+        arguments = {"mask": torch.randn(2, S, S)}
+    fused, stock = rotary(plain, **options)
+    if reason == "hook":
+        for module in (fused, stock):
+            module.pos_embeddings.register_forward_hook(lambda m, args, out: out * 2)
+
+    def call(module, t):
+        return module(t, t.clone() if reason == "other tokens" else t, **arguments)
+
+    assert_same(fused, stock, [x()], call)
+    tokens = x()
+    other = tokens.clone() if reason == "other tokens" else tokens
+    assert op_calls(fused, tokens, other, op=ROTARY, **arguments) == 0
 
 
 def check_gradients(fused, stock, trained):
@@ -132,14 +196,17 @@ def test_keys_and_values_of_other_tokens(assert_same):
     assert op_calls(fused, x(), x()) == 0
 
 
-def test_inference_and_the_cache_call_the_layers():
-    fused, _ = pair(lora)
+@pytest.mark.parametrize("make", [pair, rotary])
+def test_inference_and_the_cache_call_the_layers(make):
+    fused, _ = make(lora)
     tokens = x(1)
     with torch.no_grad():
-        assert op_calls(fused, tokens, tokens) == 0
+        assert op_calls(fused, tokens, tokens) == op_calls(fused, tokens, tokens, op=ROTARY) == 0
         expected = fused(tokens, tokens)
         fused.kv_cache, fused.cache_enabled = KVCache(1, S, KV_HEADS, HEAD_DIM, torch.float32), True
-        steps = [fused(t, t) for t in tokens.split(1, dim=1)]
+        steps = [
+            fused(t, t, input_pos=torch.tensor([i])) for i, t in enumerate(tokens.split(1, dim=1))
+        ]
     # fp32 sums in another order.
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
@@ -153,8 +220,9 @@ def test_autocast():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-6 * theirs.abs().max().item())
 
 
-def test_activation_checkpointing(assert_same):
-    fused, stock = pair(lambda i, o: lora(i, o, dropout=0.3))
+@pytest.mark.parametrize("make", [pair, rotary])
+def test_activation_checkpointing(make, assert_same):
+    fused, stock = make(lambda i, o: lora(i, o, dropout=0.3))
     assert_same(
         fused,
         stock,
@@ -164,9 +232,10 @@ def test_activation_checkpointing(assert_same):
     )
 
 
+@pytest.mark.parametrize("make", [pair, rotary])
 @pytest.mark.parametrize("kind", [nn.Linear, lora])
-def test_compiles_without_graph_breaks(kind):
-    fused, _ = pair(kind)
+def test_compiles_without_graph_breaks(make, kind):
+    fused, _ = make(kind)
     inputs = torch.randn(2, S, DIM)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     results = []

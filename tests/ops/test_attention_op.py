@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtune_fused.ops import attention, document_bounds, fused_attention, mask_tiles
+from torchtune_fused.ops import attention, document_bounds, fused_attention, mask_tiles, rope
 from torchtune_fused.ops.attention import closed_form, closed_form_backward
 
 
@@ -19,7 +19,9 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads = closed_form_backward(grad, *ctx.saved_tensors, *ctx.options, False)
+        grads = closed_form_backward(
+            grad, *ctx.saved_tensors, *ctx.options, False, None, None, None, False
+        )
         return *grads, *[None] * (2 + len(ctx.options))
 
 
@@ -136,6 +138,34 @@ def test_random_masks(data, exact_attention):
         for got, expected in zip(result, results[0], strict=True):
             # fp64 throughout: only the order of sums of up to 40 terms differs.
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [torch.ops.torchtune_fused.attention_backward, closed_form_backward],
+    ids=["cpu", "reference"],
+)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("input_pos", [None, torch.randperm(7), torch.randint(9, (2, 7)).int()])
+def test_gradients_of_what_was_rotated(backward, softcap, interleaved, input_pos):
+    q, k, v = (t.double().requires_grad_() for t in qkv())
+    angles = torch.rand(9, 8, dtype=torch.float64) * 6
+    rotation = angles.cos(), angles.sin(), input_pos
+
+    def rotated(x):
+        return rope(x.transpose(1, 2), *rotation, interleaved=interleaved).transpose(1, 2)
+
+    options = None, None, None, True, 0.3, None, softcap
+    tensors = rotated(q), rotated(k), v
+    out, lse = torch.ops.torchtune_fused.attention(*tensors, *options)
+    grad = torch.randn_like(out)
+    truth = torch.autograd.grad(out, (q, k, v), grad)
+    with torch.no_grad():
+        ours = backward(grad, *tensors, out, lse, *options, False, *rotation, interleaved)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.transpose(1, 2).is_contiguous()
 
 
 @implementations

@@ -124,6 +124,19 @@ CALLS = {
         *(randn(6, 3, grad=True), None, randn(2, 1, grad=True)),
         *(None, None, randn(2, 5, 8, grad=True), 0.5),
     ],
+    "rotary_self_attention": lambda: [
+        *(randn(*s, grad=True) for s in ((2, 5, 8), (48, 8), (16, 8), (16, 8))),
+        *(None, None, randn(16, grad=True), *(None for _ in range(9)), 1.0),
+        *(randn(9, 4), randn(9, 4), None, True, *ALONE, True, None),
+    ],
+    "rotary_self_attention adapters": lambda: [
+        *(randn(2, 5, 8, grad=True), randn(48, 8), randn(16, 8), randn(16, 8), *ALONE),
+        *(randn(3, 8, grad=True), None, randn(1, 8, grad=True)),
+        *(randn(48, 3, grad=True), None, randn(16, 1, grad=True)),
+        *(None, None, randn(2, 5, 8, grad=True), 0.5),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), False),
+        *(TILES.bits, TILES.kinds, DOCUMENTS, False, 3),
+    ],
     "adapter_backward": lambda: [
         *([randn(5, 7), randn(5, 4)], [randn(7, 3), randn(4, 2)], randn(5, 5), 0.5),
     ],
@@ -131,6 +144,10 @@ CALLS = {
     "grouped_product": lambda: [
         *([randn(5, 8), randn(5, 3), randn(5, 8)], [randn(7, 8), randn(7, 3), randn(4, 8)]),
         *([2, 1], False),
+    ],
+    "grouped_product rotated": lambda: [
+        *([randn(10, 8), randn(10, 8)], [randn(16, 8), randn(4, 8)], [1, 1], False, None),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), True, 5),
     ],
     "grouped_product addend": lambda: [[randn(5, 8)], [randn(8, 4)], [1], True, randn(5, 4)],
     "sum_of_products": lambda: [[randn(5, 8), randn(5, 3)], [randn(8, 7), randn(3, 7)]],
@@ -160,7 +177,12 @@ CALLS = {
     ],
     "attention_backward": lambda: [
         *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
-        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True),
+        *(MASK, None, DOCUMENTS, False, 0.3, None, 5.0, True, *ALONE, False),
+    ],
+    "attention_backward rotated": lambda: [
+        *(randn(*s) for s in (QKV[0], *QKV, QKV[0], (2, 6, 5))),
+        *(*ALONE, True, 0.3, None, None, False),
+        *(randn(9, 4), randn(9, 4), torch.randint(9, (2, 5)), True),
     ],
     "attention_decode": lambda: [
         *(randn(2, 6, 1, 8), randn(*CACHE), randn(*CACHE), torch.tensor([7])),

@@ -1,5 +1,7 @@
 """torchtune's MultiHeadAttention on the fused ops."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torchtune.modules import KVCache, MultiHeadAttention
 
 from torchtune_fused.modules._plain import in_autocast, share_state
 from torchtune_fused.modules.block_mask import dense_mask, mask_arguments, tiles_of
-from torchtune_fused.modules.lora_linear import fuse_qkv
+from torchtune_fused.modules.lora_linear import qkv_layers
 from torchtune_fused.modules.rms_norm import head_norms
 from torchtune_fused.modules.rope import rope_tables, rotation
 from torchtune_fused.ops import (
@@ -17,6 +19,8 @@ from torchtune_fused.ops import (
     kv_cache_update,
     qk_norm_rope,
     qk_norm_rope_append,
+    qkv_linear,
+    rotary_self_attention,
 )
 from torchtune_fused.ops.attention import has_kernel
 from torchtune_fused.ops.attention_decode import FEW_QUERIES, visible_slots
@@ -106,6 +110,10 @@ class FusedAttention(MultiHeadAttention):
             q = self._place(self._split_heads(self.q_proj(x)), self.q_norm, input_pos)
             k, v = cache.k_cache, cache.v_cache
         else:
+            if y is x and not caching and torch.is_grad_enabled():
+                out = self._attend_from_input(x, input_pos, mask, causal, window)
+                if out is not None:
+                    return self.output_proj(out)
             q, k, v = (self._split_heads(t) for t in self._project(x, y))
             if caching and y is x and self._can_decode(cache, q, k, v, mask):
                 q = self._append(cache, q, k, v, input_pos)
@@ -117,12 +125,35 @@ class FusedAttention(MultiHeadAttention):
                     mask, window = self._mask_of_slots(cache, q, mask), None
         return self._merge_heads(self._attend(q, k, v, mask, causal, window))
 
+    def _attend_from_input(
+        self,
+        x: Tensor,
+        input_pos: Tensor | None,
+        mask: Tensor | BlockMask | None,
+        causal: bool,
+        window: int | None,
+    ) -> Tensor | None:
+        """Self-attention before its output projection: as one op, where that comes to the same."""
+        tables = rope_tables(self.pos_embeddings)
+        if tables is None or 2 * tables[0].shape[1] != self.head_dim or self.q_norm is not None:
+            return None
+        hidden = self._hidden(x, mask, causal, window)
+        if hidden is None:
+            return None
+        projections = qkv_layers(x, self.q_proj, self.k_proj, self.v_proj)
+        if projections is None:
+            return None
+        layers, options = projections
+        cos, sin, options["interleaved"] = tables
+        return rotary_self_attention(x, *layers, cos, sin, input_pos, **hidden, **options)
+
     def _project(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of ``x``, keys and values of ``y``: as one op, where gradients gain by it."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        fused = fuse_qkv(x, *projections) if y is x and torch.is_grad_enabled() else None
+        fused = qkv_layers(x, *projections) if y is x and torch.is_grad_enabled() else None
         if fused is not None:
-            return fused
+            layers, options = fused
+            return qkv_linear(x, *layers, **options)
         return tuple(module(t) for module, t in zip(projections, (x, y, y), strict=True))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -198,7 +229,7 @@ class FusedAttention(MultiHeadAttention):
     def _decode(self, cache: KVCache, q: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention over the updated KV cache, reading no more of it than is filled."""
         k_cache, v_cache, length = cache.k_cache, cache.v_cache, cache.cache_pos[:1]
-        if mask is not None and q.shape[2] > FEW_QUERIES and has_kernel(q):
+        if mask is not None and q.shape[2] > FEW_QUERIES and has_kernel(q, q.shape[-1]):
             mask = tiles_of(mask)
         return attention_decode(q, k_cache, v_cache, length, mask, window=self.sliding_window)
 
@@ -225,12 +256,9 @@ class FusedAttention(MultiHeadAttention):
         if causal and s != s_kv:
             # Here torchtune lets the first query, not the last, stand at its key.
             mask, causal = q.new_ones(1, s, s_kv, dtype=torch.bool).tril(), False
-        if not (dropout or in_autocast(q)):
-            if mask is None or (_is_bool(mask) and not has_kernel(q)):
-                return attention(q, k, v, mask, causal=causal, window=window)
-            if (_is_bool(mask) or isinstance(mask, BlockMask)) and has_kernel(q):
-                return attention(q, k, v, **mask_arguments(mask), window=window)
-
+        hidden = self._hidden(q, mask, causal, window)
+        if hidden is not None:
+            return attention(q, k, v, **hidden)
         if window is not None and window < s_kv:
             seen = visible(s, s_kv, None, causal, window, None, q.device)
             mask, causal = _restrict(mask, seen), False
@@ -241,6 +269,18 @@ class FusedAttention(MultiHeadAttention):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=_per_head(mask), dropout_p=dropout, is_causal=causal
         )
+
+    def _hidden(
+        self, like: Tensor, mask: Tensor | BlockMask | None, causal: bool, window: int | None
+    ) -> dict[str, Any] | None:
+        """What hides keys, as arguments of `attention`; None where that op can't stand in."""
+        if self._dropout or in_autocast(like):
+            return None
+        if mask is None or (_is_bool(mask) and not has_kernel(like, self.head_dim)):
+            return {"mask": mask, "causal": causal, "window": window}
+        if has_kernel(like, self.head_dim) and (_is_bool(mask) or isinstance(mask, BlockMask)):
+            return {**mask_arguments(mask), "window": window}
+        return None
 
     @property
     def _dropout(self) -> float:

@@ -1,5 +1,7 @@
 """torchtune's LoRALinear, alone or as one of three projections, on the fused ops."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torchtune.modules.peft import LoRALinear
 
@@ -10,7 +12,7 @@ from torchtune_fused.modules._plain import (
     plain_linear,
     share_state,
 )
-from torchtune_fused.ops import AdaptedLinear, lora_linear, qkv_linear
+from torchtune_fused.ops import AdaptedLinear, lora_linear
 
 
 class FusedLoRALinear(LoRALinear):
@@ -71,10 +73,14 @@ def _is_lora(module: nn.Module) -> bool:
     return is_plain(module, FusedLoRALinear) or is_plain(module, LoRALinear)
 
 
-def fuse_qkv(x: Tensor, *modules: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`qkv_linear` of three layers, with adapters or without; None if calling them isn't the same.
+def qkv_layers(x: Tensor, *modules: nn.Module) -> tuple[list[AdaptedLinear], dict[str, Any]] | None:
+    """Layers and options by which `qkv_linear` does what three modules do, adapters or none.
 
-    Adapters may drop some of their input, each by a draw of its own.
+    Adapters may drop some of their input, each by a draw of its own: what is given is for one call.
+
+    Returns:
+        tuple[list[AdaptedLinear], dict[str, Any]] | None: None if calling the modules isn't the
+        same.
     """
     if in_autocast(x) or not is_plain_tensor(x):
         return None
@@ -87,7 +93,7 @@ def fuse_qkv(x: Tensor, *modules: nn.Module) -> tuple[Tensor, Tensor, Tensor] | 
         return None
     # In the order of the layers, as calling them would draw.
     seen = [m.dropout(x) if m in adapted and _drops(m) else None for m in modules]
-    return qkv_linear(x, *layers, scale=scales.pop() if scales else 1.0, adapter_inputs=seen)
+    return layers, {"scale": scales.pop() if scales else 1.0, "adapter_inputs": seen}
 
 
 def _any_linear(module: nn.Module) -> AdaptedLinear | None:

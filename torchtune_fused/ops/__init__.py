@@ -23,6 +23,7 @@ from torchtune_fused.ops.qk_norm_rope_append import qk_norm_rope_append
 from torchtune_fused.ops.qkv_linear import qkv_linear
 from torchtune_fused.ops.rms_norm import rms_norm
 from torchtune_fused.ops.rope import rope
+from torchtune_fused.ops.rotary_self_attention import rotary_self_attention
 from torchtune_fused.ops.tied_embedding import tied_embedding
 
 __all__ = [
@@ -50,5 +51,6 @@ __all__ = [
     "qkv_linear",
     "rms_norm",
     "rope",
+    "rotary_self_attention",
     "tied_embedding",
 ]

@@ -89,7 +89,12 @@ def _loading_kernels(reference: Callable) -> Callable:
 
 
 def register_autograd(
-    name: str, backward: Callable, setup_context: Callable, *, differentiable: int = 1
+    name: str,
+    backward: Callable,
+    setup_context: Callable,
+    *,
+    differentiable: int = 1,
+    twice: bool = False,
 ) -> None:
     """Gives an op a gradient, by its first outputs; the others only serve the backward pass.
 
@@ -100,6 +105,8 @@ def register_autograd(
         setup_context (Callable): keeps in the context what backward needs, from ``inputs`` and
             ``output``; see ``torch.library.register_autograd``.
         differentiable (int): how many outputs are differentiable.
+        twice (bool): whether ``backward`` is made of differentiable ops. If it is not, gradients of
+            gradients are an error.
     """
 
     def setup(ctx, inputs, output):
@@ -112,6 +119,8 @@ def register_autograd(
         setup_context(ctx, inputs, output)
 
     def formula(ctx, *grads):
+        if not twice:
+            refuse_create_graph(name)
         grads = grads[:differentiable]
         if any(grad is None for grad in grads):
             known = next((grad for grad in grads if grad is not None), None)
@@ -134,6 +143,14 @@ def register_autograd(
     # By its name a profiler knows it, forward and backward.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
     op.function = type(f"torchtune_fused::{name}", (Function,), methods)
+
+
+def refuse_create_graph(name: str) -> None:
+    """Raises in a backward pass that is itself recorded, by an op whose gradient has none."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} has no second derivative: run the backward pass without create_graph=True"
+        )
 
 
 def call(name: str, *args):

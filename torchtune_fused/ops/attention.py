@@ -34,6 +34,7 @@ from torchtune_fused.ops.attention_pytorch import (
     cudnn_is_faster,
     pytorch_attention,
 )
+from torchtune_fused.ops.rope import NO_ROTATION, Rotation
 
 # Below this, scores lie so close to the cap that its slope can't be told from bf16 probabilities,
 # which is all that the backward kernels keep.
@@ -98,7 +99,7 @@ def attention(
     window = check_window("attention", window, s_kv)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cuda:
-        if not has_kernel(q) or (softcap is not None and softcap < _LEAST_SOFTCAP):
+        if not has_kernel(q, q.shape[-1]) or (softcap is not None and softcap < _LEAST_SOFTCAP):
             mask = dense_mask(mask, kinds, s_kv)
             if mask is not None or documents is not None or window is not None:
                 mask, causal = visible(s, s_kv, mask, causal, window, documents, q.device), False
@@ -144,13 +145,13 @@ def _kernels_are_loaded() -> bool:
     return load_kernels()
 
 
-def has_kernel(q: Tensor) -> bool:
-    """Whether the kernels take queries of this device, dtype and head dimension."""
+def has_kernel(like: Tensor, head_dim: int) -> bool:
+    """Whether the kernels take queries of this head dimension, on the device and of the dtype."""
     return (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
+        like.is_cuda
+        and like.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
         and _kernels_are_loaded()
     )
 
@@ -180,15 +181,15 @@ def _cpu(q, k, v, mask, kinds, documents, causal, scale, window, softcap):
 
 
 def _cpu_backward(
-    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, deterministic
+    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, *others
 ):
     tensors, hidden = (grad, q, k, v, out, lse), (mask, kinds, documents)
     if softcap is not None:
-        return closed_form_backward(
-            *tensors, *hidden, causal, scale, window, softcap, deterministic
-        )
+        return closed_form_backward(*tensors, *hidden, causal, scale, window, softcap, *others)
+    _, *rotation = others
     bias, causal = _cpu_mask(q, k, dense_mask(mask, kinds, k.shape[2]), causal, window, documents)
-    grads = _flash_backward(*tensors, 0.0, causal, attn_mask=bias, scale=scale)
+    grad_q, grad_k, grad_v = _flash_backward(*tensors, 0.0, causal, attn_mask=bias, scale=scale)
+    grads = _turned_back(grad_q, *rotation), _turned_back(grad_k, *rotation), grad_v
     return tuple(as_bshd(t) for t in grads)
 
 
@@ -219,14 +220,17 @@ def closed_form(q, k, v, mask, kinds, documents, causal, scale, window, softcap)
     return as_bshd(out.view(b, h, s, d).to(q.dtype)), lse.view(b, h, s)
 
 
+# Where cos is given, q and k are rotations by `rope`, and the gradients are those of what they were
+# before; the same bits in every run if deterministic.
 @define_op(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? mask, Tensor? mask_kinds, Tensor? documents, bool causal, float scale, int? window, "
-    "float? softcap, bool deterministic) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    "float? softcap, bool deterministic, Tensor? cos, Tensor? sin, Tensor? input_pos, "
+    "bool interleaved) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     cpu=_cpu_backward,
 )
 def closed_form_backward(
-    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, deterministic
+    grad, q, k, v, out, lse, mask, kinds, documents, causal, scale, window, softcap, _, *rotation
 ):
     """Gradients of attention from its output and log-sum-exp; the reference of every device."""
     groups = (k.shape[1], q.shape[1] // k.shape[1])
@@ -238,8 +242,8 @@ def closed_form_backward(
     k_, v_ = at_least_fp32(k).unsqueeze(2), at_least_fp32(v).unsqueeze(2)
     grad_v = (probs.mT @ grad).sum(2)
     grad_scores = (grad @ v_.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(probs).mul_(slope)
-    grad_q = (grad_scores @ k_).flatten(1, 2)
-    grad_k = (grad_scores.mT @ q_).sum(2)
+    grad_q = _turned_back((grad_scores @ k_).flatten(1, 2), *rotation)
+    grad_k = _turned_back((grad_scores.mT @ q_).sum(2), *rotation)
     return tuple(as_bshd(t.to(q.dtype)) for t in (grad_q, grad_k, grad_v))
 
 
@@ -257,6 +261,14 @@ def _hide(scores, mask, kinds, documents, causal, window):
     seen = visible(s, s_kv, mask, causal, window, documents, scores.device)
     if seen is not None:
         scores.view(b, h_kv * groups, s, s_kv).masked_fill_(~seen, -torch.inf)
+
+
+def _turned_back(grad, cos, sin, input_pos, interleaved):
+    """The gradient of what was rotated, from that of its rotation: ``[b, h, s, d]``."""
+    if cos is None:
+        return grad
+    turned = call("rope", grad.transpose(1, 2), cos, sin, input_pos, interleaved, True)
+    return turned.transpose(1, 2)
 
 
 @torch.library.register_fake("torchtune_fused::attention", lib=LIBRARY)
@@ -282,19 +294,26 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad):
-    q, k, v, out, lse, *hidden = ctx.saved_tensors
+    *tensors, mask, kinds, documents = ctx.saved_tensors
+    options = mask, kinds, documents, ctx.causal, ctx.scale, ctx.window, ctx.softcap
+    return *attention_gradients(grad, tensors, options), *[None] * 7
+
+
+def attention_gradients(grad, tensors, options, rotation: Rotation = NO_ROTATION):
+    """The gradients of q, k and v, or of what q and k were before a rotation.
+
+    ``tensors`` are q, k, v and what the op gave, ``options`` its other arguments.
+    """
+    (q, k, v, out, lse), (*hidden, causal, scale, window, softcap) = tensors, options
     deterministic = torch.are_deterministic_algorithms_enabled()
     if q.is_cuda:
-        others = any(t is not None for t in (*hidden, ctx.window, ctx.softcap))
-        if cudnn_is_faster(q, k, v, ctx.causal, others, deterministic):
-            grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, ctx.causal, ctx.scale)
-            return *grads, *[None] * 7
-    grads = call(
-        "attention_backward",
-        *(unit_stride(grad), q, k, v, out, lse, *hidden),
-        *(ctx.causal, ctx.scale, ctx.window, ctx.softcap, deterministic),
+        others = any(t is not None for t in (*hidden, window, softcap))
+        if cudnn_is_faster(q, k, v, causal, others, deterministic):
+            grads = cudnn_backward(as_bshd(grad), q, k, v, out, lse, causal, scale)
+            return *(_turned_back(t, *rotation) for t in grads[:2]), grads[2]
+    return call(
+        "attention_backward", unit_stride(grad), *tensors, *options, deterministic, *rotation
     )
-    return *grads, *[None] * 7
 
 
 register_autograd("attention", _autograd, _setup_context)

@@ -105,7 +105,7 @@ def attention_decode(
     window = check_window(op, window, max_len)
     scale = d**-0.5 if scale is None else scale
     q, k_cache, v_cache = unit_stride(q), unit_stride(k_cache), unit_stride(v_cache)
-    if s > FEW_QUERIES and has_kernel(q):
+    if s > FEW_QUERIES and has_kernel(q, q.shape[-1]):
         if mask is not None and kinds is None:
             kinds, mask = mask_tiles(mask)
         return call("attention_prefill", q, k_cache, v_cache, length, mask, kinds, scale, window)

@@ -57,10 +57,10 @@ def cudnn_is_faster(
     ======================  =========  ==========================================================
     case                    who        why
     ======================  =========  ==========================================================
-    9.0, causal, d = 64 or  ours       our Hopper kernel is as fast or faster: see
-    d = 128                            kernels/PERFORMANCE.md
-    9.0, causal at another  cuDNN      the faster one there
-    d, or no mask
+    9.0, d = 64 or 128      ours       our Hopper kernel is as fast or faster: see
+                                       kernels/attention/PERFORMANCE.md
+    9.0, another d, causal  cuDNN      the faster one there
+    or no mask
     any other mask          ours       skips what is hidden; cuDNN would need it as s x s numbers
     other GPUs              ours       all run on mma there
     deterministic           ours       cuDNN doesn't promise the order of its sums
@@ -80,9 +80,8 @@ def cudnn_is_faster(
         bool: True for cuDNN.
     """
     d, s = q.shape[-1], q.shape[2]
-    ours_wins = causal and d in (64, 128)
     return (
-        not (hidden or deterministic or ours_wins)
+        not (hidden or deterministic or d in (64, 128))
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and s > 1  # which cuDNN refuses
         and (not causal or s == k.shape[2])

@@ -57,7 +57,7 @@ def decode_attend(
     """
     (b, h, s, d), h_kv, max_len = q.shape, *k_cache.shape[1:3]
     fits = b * s == 1 and d == _HEAD_DIM and h <= _MOST_HEADS * h_kv and max_len <= _MOST_SLOTS
-    if not (fits and window is None and has_kernel(q)):
+    if not (fits and window is None and has_kernel(q, q.shape[-1])):
         seen = attention_decode(q, k_cache, v_cache, length, mask, window=window)
         return decode_linear(seen.transpose(1, 2).flatten(2), weight, bias, residual=residual)
     n = weight.shape[0]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune_fused.ops._library import LIBRARY, call, define_op
+from torchtune_fused.ops.qk_norm_rope import rotate_heads
+from torchtune_fused.ops.rope import Rotation
 
 
 def grouped_linear(
@@ -20,6 +22,7 @@ def grouped_linear(
     low: Sequence[Tensor | None],
     bs: Sequence[Tensor | None],
     addend: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> list[Tensor]:
     """``x @ weightᵀ + bias + low @ bᵀ`` of each layer; inside of an op only.
 
@@ -31,6 +34,8 @@ def grouped_linear(
             none.
         bs (Sequence[Tensor | None]): the adapter's second matrix, ``[out, rank]``.
         addend (Tensor | None): what to add to the output of the only layer, of its shape.
+        rotation (Rotation | None): turns the heads of the first two of three layers, queries and
+            keys of an ``x`` of shape ``[b, s, in]``.
 
     Returns:
         list[Tensor]: ``[..., out]`` of each.
@@ -44,10 +49,20 @@ def grouped_linear(
             seconds += [weight] if own is None else [weight, b]
             terms.append(1 if own is None else 2)
         ops = torch.ops.torchtune_fused
-        added = None if addend is None else rows_of(addend)
-        if ops.grouped_product_takes(firsts, seconds, terms, False, added):
-            outs = ops.grouped_product(firsts, seconds, terms, False, added)
-            return [out.view(*shape, out.shape[1]) for out in outs]
+        others = () if rotation is None else (*rotation, x.shape[1])
+        product = (
+            firsts,
+            seconds,
+            terms,
+            False,
+            None if addend is None else rows_of(addend),
+            *others,
+        )
+        if ops.grouped_product_takes(*product):
+            return [out.view(*shape, out.shape[1]) for out in ops.grouped_product(*product)]
+    if rotation is not None:
+        q, k, v = grouped_linear(x, weights, biases, low, bs)
+        return [*rotate_heads(q, k, rotation), v]
     outs = [F.linear(rows, w, bias) for w, bias in zip(weights, biases, strict=True)]
     for out, own, b in zip(outs, low, bs, strict=True):
         if own is not None:
@@ -76,12 +91,25 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 # Each output is the sum of its next terms[i] products, first @ second with `across`, else
-# first @ secondᵀ; the addend, if any, is added to the only one.
+# first @ secondᵀ; the addend, if any, is added to the only one. With cos, all outputs but the last
+# are heads, and rotated; `steps` tokens stand in a row.
 @define_op(
     "grouped_product(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across, "
-    "Tensor? addend=None) -> Tensor[]"
+    "Tensor? addend=None, Tensor? cos=None, Tensor? sin=None, Tensor? input_pos=None, "
+    "bool interleaved=False, int steps=0) -> Tensor[]"
 )
-def _reference(firsts, seconds, terms, across, addend=None):
+def _reference(
+    firsts,
+    seconds,
+    terms,
+    across,
+    addend=None,
+    cos=None,
+    sin=None,
+    input_pos=None,
+    interleaved=False,
+    steps=0,
+):
     outs, start = [], 0
     for count in terms:
         own = slice(start, start + count)
@@ -89,6 +117,10 @@ def _reference(firsts, seconds, terms, across, addend=None):
         outs.append(_add_up(firsts[own], [s if across else s.t() for s in seconds[own]]))
     if addend is not None:
         outs[0] += addend
+    if cos is not None:
+        for out in outs[:-1]:
+            heads = out.view(-1, steps, out.shape[1] // (2 * cos.shape[1]), 2 * cos.shape[1])
+            out.copy_(call("rope", heads, cos, sin, input_pos, interleaved, False).view_as(out))
     return outs
 
 
@@ -100,7 +132,7 @@ def _add_up(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("torchtune_fused::grouped_product", lib=LIBRARY)
-def _(firsts, seconds, terms, across, addend=None):
+def _(firsts, seconds, terms, across, *_):
     ends = [sum(terms[: i + 1]) for i in range(len(terms))]
     return [
         firsts[0].new_empty(firsts[0].shape[0], seconds[end - 1].shape[1 if across else 0])
@@ -110,9 +142,10 @@ def _(firsts, seconds, terms, across, addend=None):
 
 @define_op(
     "grouped_product_takes(Tensor[] firsts, Tensor[] seconds, int[] terms, bool across, "
-    "Tensor? addend=None) -> bool"
+    "Tensor? addend=None, Tensor? cos=None, Tensor? sin=None, Tensor? input_pos=None, "
+    "bool interleaved=False, int steps=0) -> bool"
 )
-def _takes(firsts, seconds, terms, across, addend=None):
+def _takes(firsts, seconds, terms, across, *_):
     return False  # Only the compiled library has the kernel, and knows for what.
 
 

@@ -16,10 +16,11 @@ from torchtune_fused.ops._library import (
     check_like,
     check_shape,
     define_op,
+    refuse_create_graph,
     register_autograd,
 )
 from torchtune_fused.ops.rms_norm import normalise_backward, reciprocal_rms
-from torchtune_fused.ops.rope import check_angles, rotation
+from torchtune_fused.ops.rope import Rotation, check_angles, rotation
 
 
 def qk_norm_rope(
@@ -65,6 +66,27 @@ def qk_norm_rope(
     return call(
         op, q, k, q_norm, k_norm, cos, sin, input_pos, eps, interleaved, norm_before_rope, False
     )
+
+
+def rotate_heads(
+    q: Tensor, k: Tensor, angles: Rotation, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys that are not split into heads, ``[b, s, heads * d]``.
+
+    Args:
+        q (Tensor): queries.
+        k (Tensor): keys.
+        angles (Rotation): of their tokens; ``d`` is twice the number of angles.
+        inverse (bool): whether to rotate the other way, as gradients are.
+
+    Returns:
+        tuple[Tensor, Tensor]: of the same shapes, contiguous.
+    """
+    split = (t.unflatten(-1, (-1, 2 * angles.cos.shape[1])) for t in (q, k))
+    cos, sin, input_pos, interleaved = angles
+    options = None, None, cos, sin, input_pos, 0.0, interleaved, False, inverse
+    rotated_q, rotated_k = call("qk_norm_rope", *split, *options)
+    return rotated_q.flatten(-2), rotated_k.flatten(-2)
 
 
 def check_heads(
@@ -186,8 +208,9 @@ def _autograd(ctx, grad_q, grad_k):
             "qk_norm_rope", grad_q, grad_k, None, None, *angles, *ctx.flags, not ctx.inverse
         )
         return *grads, *(None,) * 9
+    refuse_create_graph("qk_norm_rope with norms")
     grads = call("qk_norm_rope_backward", grad_q, grad_k, *heads, *angles, *ctx.flags)
     return *grads, *(None,) * 7
 
 
-register_autograd("qk_norm_rope", _autograd, _setup_context, differentiable=2)
+register_autograd("qk_norm_rope", _autograd, _setup_context, differentiable=2, twice=True)

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2104.09864.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from torchtune_fused.ops._library import (
     define_op,
     register_autograd,
 )
+
+
+class Rotation(NamedTuple):
+    """By what the heads of queries and keys are rotated, as `rope` takes it; None: not at all."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    input_pos: Tensor | None
+    interleaved: bool
+
+
+NO_ROTATION = Rotation(None, None, None, False)
 
 
 def rope(
@@ -164,4 +177,4 @@ def _autograd(ctx, grad):
     return grad_x, None, None, None, None, None
 
 
-register_autograd("rope", _autograd, _setup_context)
+register_autograd("rope", _autograd, _setup_context, twice=True)
