@@ -5,17 +5,23 @@
 
 namespace torchtune_fused {
 
-// A number that orders like (score, then smaller token), NaN as the largest score, as in argmax.
-// Never 0.
+// A number that orders like the score, NaN as the largest, as in argmax. Never 0.
+__device__ __forceinline__ uint32_t order_of(float score) {
+  const uint32_t bits = score != score ? 0x7fffffffu : __float_as_uint(score + 0.f);  // -0 is 0
+  return bits ^ (bits >> 31 ? ~0u : 0x80000000u);
+}
+
+__device__ __forceinline__ float score_of_order(uint32_t order) {
+  return __uint_as_float(order ^ (order >> 31 ? 0x80000000u : ~0u));
+}
+
+// The same for (score, then smaller token).
 __device__ __forceinline__ uint64_t rank_of(float score, int token) {
-  uint32_t bits = score != score ? 0x7fffffffu : __float_as_uint(score + 0.f);  // -0 is 0
-  bits ^= bits >> 31 ? ~0u : 0x80000000u;
-  return static_cast<uint64_t>(bits) << 32 | ~static_cast<uint32_t>(token);
+  return static_cast<uint64_t>(order_of(score)) << 32 | ~static_cast<uint32_t>(token);
 }
 
 __device__ __forceinline__ float score_of(uint64_t rank) {
-  const uint32_t bits = static_cast<uint32_t>(rank >> 32);
-  return __uint_as_float(bits ^ (bits >> 31 ? 0x80000000u : ~0u));
+  return score_of_order(static_cast<uint32_t>(rank >> 32));
 }
 
 __device__ __forceinline__ int token_of(uint64_t rank) { return ~static_cast<uint32_t>(rank); }

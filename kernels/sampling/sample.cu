@@ -8,7 +8,8 @@
 //   draw             finds the bin in which the limit of k or p lies. Tokens before it are kept:
 //                    their best perturbed score is the block's result. Those within it are listed.
 //   finish           selects exactly among the listed few, and takes the best of all
-// With both filters, p counts among what k keeps, so draw lists all tokens up to k's bin.
+// With both filters, p counts among what k keeps, so draw lists all tokens up to k's bin. On 9.0,
+// top_k_sm90.cu has one launch for all of this if k is not too large.
 //
 // The noise is Philox at counter (vocabulary index / 4, row, offset) with the seed as key: a
 // function of the state on the device alone, which finish advances, so that each replay of a
@@ -16,9 +17,7 @@
 // holds NaN or inf, gives some token of the vocabulary.
 #include "common/launch.h"
 #include "common/ptx.cuh"
-#include "sampling/noise.cuh"
-#include "sampling/rank.cuh"
-#include "sampling/sampling.h"
+#include "sampling/row.cuh"
 #include "sampling/select.cuh"
 
 namespace torchtune_fused {
@@ -34,19 +33,9 @@ __device__ __forceinline__ int quad_start(int i) {
   return blockIdx.x * kSliceTokens + 4 * (i * kThreads + threadIdx.x);
 }
 
-// This thread's logits; -inf after the last.
 __device__ __forceinline__ void load_slice(const SampleParams& p, float (&logits)[kQuads][4]) {
-  const float* row = p.logits + static_cast<int64_t>(blockIdx.y) * p.vocab;
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const int token = quad_start(i);
-    if (p.aligned && token < p.vocab) {
-      *reinterpret_cast<float4*>(logits[i]) = *reinterpret_cast<const float4*>(row + token);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) logits[i][j] = token + j < p.vocab ? row[token + j] : -INFINITY;
-    }
-  }
+  for (int i = 0; i < kQuads; ++i) load_quad(p, blockIdx.y, quad_start(i), logits[i]);
 }
 
 // The largest of a row's results, one for each slice; in every warp.
@@ -158,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   wait_for_grid();
   float logits[kQuads][4];
   load_slice(p, logits);
-  const uint64_t seed = p.rng_state[0], offset = p.rng_state[1];
+  const RowNoise noise(p, blockIdx.y);
   uint64_t histogram[kBinsPerThread] = {};
   if (p.states != nullptr) {
 #pragma unroll
@@ -179,17 +168,13 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
       bins[j] = logits[i][j] == -INFINITY ? kDistanceBins : bin_of(largest - logits[i][j]);
     }
     if (min(min(bins[0], bins[1]), min(bins[2], bins[3])) >= cut.first_dropped) continue;
-    const uint4 random = philox({static_cast<uint32_t>(quad_start(i) / 4), blockIdx.y,
-                                 static_cast<uint32_t>(offset),
-                                 static_cast<uint32_t>(offset >> 32)},
-                                {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+    const uint4 random = noise.of_quad(quad_start(i));
     const uint32_t bits[4] = {random.x, random.y, random.z, random.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (bins[j] >= cut.first_dropped) continue;
       const int token = quad_start(i) + j;
-      const float score = (logits[i][j] - largest) * p.inverse_temperature + gumbel(bits[j]);
-      const uint64_t drawn = rank_of(score, token);
+      const uint64_t drawn = drawn_rank(p, logits[i][j], largest, bits[j], token);
       if (bins[j] < cut.first_listed) {
         best[0] = max(best[0], drawn);
       } else {
@@ -207,31 +192,12 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
 // come here, and all get it.
 template <int kBlock>
 __device__ uint64_t best_candidate(const SampleParams& p, int n, float largest) {
-  __shared__ SelectShared<kBlock> s;
+  __shared__ SelectShared<kBlock> shared;
   const Candidate* candidates = p.candidates + static_cast<int64_t>(blockIdx.x) * p.vocab;
-  const uint64_t remaining = p.states[blockIdx.x].remaining;
-  uint64_t kept_from = 0, mass_target = remaining;
-  const auto mass = [&](uint64_t rank) {
-    return rank < kept_from ? 0 : mass_of(largest - score_of(rank), p.inverse_temperature);
-  };
-  if (p.top_k > 0) {
-    const auto one = [](uint64_t) -> uint64_t { return 1; };
-    kept_from = select<kBlock, 1ull << 32>(candidates, n, remaining, s, one);  // with its equals
-    uint64_t sum = 0;
-    if (p.top_p < 1) {
-      for (int i = threadIdx.x; i < n; i += kBlock) sum += mass(candidates[i].rank);
-      mass_target = mass_to_keep(block_scan<kBlock>(sum, s.of_warps[0]).total, p.top_p);
-    }
-  }
-  if (p.top_p < 1) {
-    kept_from = max(kept_from, select<kBlock, 1>(candidates, n, mass_target, s, mass));
-  }
-  uint64_t best[1] = {};
-  for (int i = threadIdx.x; i < n; i += kBlock) {
-    if (candidates[i].rank >= kept_from) best[0] = max(best[0], candidates[i].drawn);
-  }
-  block_max<kBlock>(best, s.of_warps);
-  return best[0];
+  const uint64_t first = kept_from(
+      p, n, [=](int i) { return candidates[i].rank; }, p.states[blockIdx.x].remaining, largest,
+      shared);
+  return best_from(first, candidates, n, shared);
 }
 
 // Grid: rows. Block: kFinishThreads where something is filtered, else one warp.

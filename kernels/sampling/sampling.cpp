@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 
+#include "common/launch.h"
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
@@ -28,7 +29,9 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
   const LaunchContext context(logits);
   const bool draws = temperature > 0;
   const bool has_top_k = draws && top_k && *top_k < vocab, has_top_p = draws && top_p && *top_p < 1;
-  const bool filters = has_top_k || has_top_p;
+  const bool in_clusters =
+      has_top_k && *top_k <= kClusterTopK && vocab <= kClusterVocab && runs_sm90_code();
+  const bool filters = !in_clusters && (has_top_k || has_top_p);
   const int64_t slices = (vocab + kSliceTokens - 1) / kSliceTokens;
   Tensor tokens = allocate(logits, {rows}, ScalarType::Long);
   if (rows == 0) return tokens;
@@ -43,23 +46,29 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
   uint64_t* best_logit = states + state_words;
   const auto* data = static_cast<const float*>(logits.const_data_ptr());
   const double largest_float = std::numeric_limits<float>::max();
-  launch_sample(
-      {.logits = data,
-       .tokens = static_cast<int64_t*>(tokens.mutable_data_ptr()),
-       .rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr()),
-       .best_logit = best_logit,
-       .best_drawn = draws ? best_logit + rows * slices : nullptr,
-       .states = filters ? reinterpret_cast<RowState*>(states) : nullptr,
-       .candidates = filters ? reinterpret_cast<Candidate*>(words) : nullptr,
-       .top_p = has_top_p ? *top_p : 1,
-       .inverse_temperature =
-           draws ? static_cast<float>(std::min(1 / temperature, largest_float)) : 0,
-       .top_k = has_top_k ? static_cast<int>(*top_k) : 0,
-       .rows = static_cast<int>(rows),
-       .vocab = static_cast<int>(vocab),
-       .slices = static_cast<int>(slices),
-       .aligned = vocab % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0},
-      context.stream());
+  const SampleParams params = {
+      .logits = data,
+      .tokens = static_cast<int64_t*>(tokens.mutable_data_ptr()),
+      .rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr()),
+      .best_logit = best_logit,
+      .best_drawn = draws ? best_logit + rows * slices : nullptr,
+      .states = filters ? reinterpret_cast<RowState*>(states) : nullptr,
+      .candidates = filters ? reinterpret_cast<Candidate*>(words) : nullptr,
+      .top_p = has_top_p ? *top_p : 1,
+      .inverse_temperature =
+          draws ? static_cast<float>(std::min(1 / temperature, largest_float)) : 0,
+      .top_k = has_top_k ? static_cast<int>(*top_k) : 0,
+      .rows = static_cast<int>(rows),
+      .vocab = static_cast<int>(vocab),
+      .slices = static_cast<int>(slices),
+      .aligned = vocab % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0};
+#ifdef TTF_HAS_SM90
+  if (in_clusters) {
+    launch_top_k(params, context.stream());
+    return tokens;
+  }
+#endif
+  launch_sample(params, context.stream());
   return tokens;
 }
 

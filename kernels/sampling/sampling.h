@@ -40,6 +40,13 @@ struct SampleParams {
   bool aligned;  // rows of logits start at multiples of 16 bytes
 };
 
+// What a cluster of blocks holds in its registers, and can bound well by its warps' maxima.
+constexpr int kClusterVocab = 1 << 18, kClusterTopK = 512;
+
 void launch_sample(const SampleParams& params, cudaStream_t stream);
+
+// Top-k, alone or with top-p, in one launch and without a workspace: for at most kClusterVocab and
+// kClusterTopK, where runs_sm90_code().
+void launch_top_k(const SampleParams& params, cudaStream_t stream);
 
 }  // namespace torchtune_fused

@@ -56,7 +56,7 @@ def random_logits(rows, vocab, kind):
 
 SHAPES = [(3, 1), (16, 7), (3, 1000), (16, 32000), (1, 128256), (3, 151936)]
 FILTERS = [
-    *((k, None) for k in (1, 2, 50, 300, 200_000)),
+    *((k, None) for k in (1, 2, 50, 300, 512, 513, 200_000)),
     *((None, p) for p in (1e-6, 0.1, 0.9, 0.999, 1.0)),
     *((k, p) for k in (1, 50, 300, 200_000) for p in (1e-6, 0.9, 0.999)),
 ]
@@ -104,8 +104,20 @@ def test_filters(rows, vocab, top_k, top_p, kind):
         lambda noise: noise + 1e4,
         lambda noise: noise * 1e-4 - 7,
         lambda noise: noise * 1e4,
+        lambda noise: noise.sort(descending=True).values,
+        # What is left when all tokens but a range of them are banned.
+        lambda noise: torch.nn.functional.pad(noise[:, :6000], (20_000, 74_003), value=-torch.inf),
     ],
-    ids=["equal", "few above equals", "two values", "far from zero", "narrow", "wide"],
+    ids=[
+        "equal",
+        "few above equals",
+        "two values",
+        "far from zero",
+        "narrow",
+        "wide",
+        "descending",
+        "a range",
+    ],
 )
 def test_filters_on_distributions_that_are_hard_to_cut(make, temperature, top_k, top_p):
     check_draws(make(torch.randn(2, 100_003, device="cuda")), temperature, top_k, top_p)
@@ -185,7 +197,7 @@ def test_frequencies_are_the_probabilities(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 900}, {"top_p": 0.8}, {"top_k": 900, "top_p": 0.8}]
+    "options", [{}, {"top_k": 400}, {"top_k": 900}, {"top_p": 0.8}, {"top_k": 400, "top_p": 0.8}]
 )
 def test_a_captured_draw_is_new_at_each_replay_and_repeats_from_the_same_state(options):
     logits, rng = torch.randn(4, 5000, device="cuda"), state(3)
