@@ -1,7 +1,7 @@
 // Rotary position embeddings of heads that are still sums in registers; see rope/rope.cuh.
 //
 // Of each of its two rows, a thread holds columns 8 j + 2 (t % 4) + {0, 1} of a tile of 256
-// (hopper.cuh): both channels of a pair, be they neighbours or half a head apart, if heads of 64 or
+// (wgmma.cuh): both channels of a pair, be they neighbours or half a head apart, if heads of 64 or
 // 128 channels fill the tile. All heads of a row have their angles in common.
 //
 // Tables, in fp32, as torchtune keeps them: of a position, cosine and sine of a pair side by side
