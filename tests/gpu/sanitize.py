@@ -185,6 +185,9 @@ def products():
     tables = torch.rand(22 * 256, 32, 2, device=DEVICE).unbind(-1)
     layers = (AdaptedLinear(matrix) for matrix in matrices)
     backward(rotary_self_attention(x, *layers, *tables, interleaved=True, window=64, causal=True))
+    # As many tiles as gradients of several weights have a kernel of their own for.
+    grads = [normal(65, 4096) for _ in range(2)]
+    torch.ops.torchtune_fused.weight_gradients(grads, normal(65, 1024))
 
 
 FAMILIES = {
