@@ -136,7 +136,7 @@ def test_a_run_prints_the_table_and_writes_a_trace_that_names_our_ops(config, tm
     assert run.stdout.endswith("as exact as stock\n")
     events = json.loads((tmp_path / "out/trace.json").read_text())["traceEvents"]
     named = {event.get("name") for event in events}
-    ops = ("rms_norm", "qk_norm_rope", "attention", "attention_decode", "gated_mlp")
+    ops = ("rms_norm", "rotary_self_attention", "attention_decode", "gated_mlp")
     assert {f"torchtune_fused::{op}" for op in ops} <= named
     assert {"stock decode", "fused decode"} <= named
 
