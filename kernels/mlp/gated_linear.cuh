@@ -46,7 +46,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     for (int half = 0; half < 2; ++half) Handover(boxes, barriers, half).init_barriers();
     fence_init();
   }
-  cluster_sync();
+  sync_cluster();
   wait_for_grid();
 
   const TileOrder order(shape.rows, (shape.n + kGatedWidth - 1) / kGatedWidth);
@@ -124,7 +124,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
           return pack<T>(sum[at], sum[at + 1]);
         });
   }
-  cluster_sync();  // the other block may still send to this one's shared memory
+  sync_cluster();  // the other block may still send to this one's shared memory
 }
 
 }  // namespace torchtune_fused

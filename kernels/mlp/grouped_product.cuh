@@ -81,7 +81,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     ring.init_barriers();
     fence_init();
   }
-  cluster_sync();
+  sync_cluster();
   wait_for_grid();
 
   const TileOrder order(shape.rows, shape.column_ends[shape.outputs - 1]);
@@ -162,7 +162,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
     }
     outbox.close();
   }
-  cluster_sync();  // the other block may still send to this one's shared memory
+  sync_cluster();  // the other block may still send to this one's shared memory
 }
 
 }  // namespace torchtune_fused

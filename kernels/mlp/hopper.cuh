@@ -1,10 +1,10 @@
 // What the products of the gated MLP need of Hopper beyond common/tma.cuh and common/wgmma.cuh:
-// tiles of matrices, and clusters of blocks.
+// tiles of matrices, and barriers of clusters and warpgroups.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/tma.cuh"
 #include "common/wgmma.cuh"
 
@@ -49,16 +49,6 @@ __device__ __forceinline__ void store_tiles_commit() {
 }
 
 // ---- Blocks of a cluster, and warpgroups ----------------------------------------------------------
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
 
 // Arrives at the barrier that lies at the same place in block `rank` of the cluster.
 __device__ __forceinline__ void arrive_at(Barrier& barrier, uint32_t rank) {

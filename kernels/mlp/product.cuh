@@ -6,6 +6,8 @@
 // one half of it, for both (multicast). Warpgroup 0 loads, by one thread; 1 and 2 multiply.
 #pragma once
 
+#include <type_traits>
+
 #include "common/launch.h"
 #include "common/vec.cuh"
 #include "mlp/hopper.cuh"
