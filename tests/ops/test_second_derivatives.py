@@ -12,6 +12,7 @@ LAYER = ops.AdaptedLinear(WEIGHT)
 CALLS = {
     "rms_norm": lambda x: ops.rms_norm(x, WEIGHT[0]),
     "add_rms_norm": lambda x: ops.add_rms_norm(x, X, WEIGHT[0])[1],
+    "add_rms_norm without residual": lambda x: ops.add_rms_norm(x, None, WEIGHT[0])[0],
     "attention": lambda x: ops.attention(*(x.unflatten(-1, (2, 4)).transpose(1, 2),) * 3),
     "gated_mlp": lambda x: ops.gated_mlp(x, WEIGHT, WEIGHT, WEIGHT),
     "qkv_linear": lambda x: ops.qkv_linear(x, LAYER, LAYER, LAYER)[0],

@@ -15,6 +15,7 @@ from torchtune_fused.ops._library import (
     check_shape,
     check_tensor,
     define_op,
+    refuse_create_graph,
     register_autograd,
 )
 from torchtune_fused.ops.rms_norm import norm_backward
@@ -107,4 +108,5 @@ class _NormOfStream(torch.autograd.Function):
     def backward(ctx, grad, grad_skip, _):
         if grad is None:
             return grad_skip, None, None, None
+        refuse_create_graph("add_rms_norm without residual")
         return *norm_backward(ctx, grad, grad_skip, ctx.needs_input_grad[1]), None, None
