@@ -58,8 +58,7 @@ def decode_attend(
     (b, h, s, d), h_kv, max_len = q.shape, *k_cache.shape[1:3]
     fits = b * s == 1 and d == _HEAD_DIM and h <= _MOST_HEADS * h_kv and max_len <= _MOST_SLOTS
     if not (fits and window is None and has_kernel(q, q.shape[-1])):
-        seen = attention_decode(q, k_cache, v_cache, length, mask, window=window)
-        return decode_linear(seen.transpose(1, 2).flatten(2), weight, bias, residual=residual)
+        return _reference(q, k_cache, v_cache, length, mask, weight, bias, residual, window)
     n = weight.shape[0]
     check_tensors(
         "decode_attend",
@@ -79,8 +78,8 @@ def decode_attend(
     "decode_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor length, Tensor? mask, "
     "Tensor weight, Tensor? bias, Tensor residual) -> Tensor"
 )
-def _reference(q, k_cache, v_cache, length, mask, weight, bias, residual):
-    seen = attention_decode(q, k_cache, v_cache, length, mask)
+def _reference(q, k_cache, v_cache, length, mask, weight, bias, residual, window=None):
+    seen = attention_decode(q, k_cache, v_cache, length, mask, window=window)
     return decode_linear(seen.transpose(1, 2).flatten(2), weight, bias, residual=residual)
 
 

@@ -68,23 +68,20 @@ def qk_norm_rope(
     )
 
 
-def rotate_heads(
-    q: Tensor, k: Tensor, angles: Rotation, *, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
+def rotate_heads(q: Tensor, k: Tensor, angles: Rotation) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys that are not split into heads, ``[b, s, heads * d]``.
 
     Args:
         q (Tensor): queries.
         k (Tensor): keys.
         angles (Rotation): of their tokens; ``d`` is twice the number of angles.
-        inverse (bool): whether to rotate the other way, as gradients are.
 
     Returns:
         tuple[Tensor, Tensor]: of the same shapes, contiguous.
     """
     split = (t.unflatten(-1, (-1, 2 * angles.cos.shape[1])) for t in (q, k))
     cos, sin, input_pos, interleaved = angles
-    options = None, None, cos, sin, input_pos, 0.0, interleaved, False, inverse
+    options = None, None, cos, sin, input_pos, 0.0, interleaved, False, False
     rotated_q, rotated_k = call("qk_norm_rope", *split, *options)
     return rotated_q.flatten(-2), rotated_k.flatten(-2)
 
