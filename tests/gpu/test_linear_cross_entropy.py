@@ -48,7 +48,7 @@ def run(function, hidden, weight, grad, dtype=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (5.0, 0.0), (None, 0.1), (5.0, 0.1)])
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_losses_and_gradients(assert_as_exact, dtype, shape, softcap, z_loss, reduction):
     hidden, weight, targets = problem(*shape, dtype)
 
@@ -59,7 +59,9 @@ def test_losses_and_gradients(assert_as_exact, dtype, shape, softcap, z_loss, re
 
     def plain(h, w, low=dtype):
         losses = by_definition(h, w, targets, softcap, z_loss, low)
-        return losses if reduction == "none" else losses.sum()
+        if reduction == "none":
+            return losses
+        return losses.sum() / ((targets != -100).sum() if reduction == "mean" else 1)
 
     grad = torch.randn(shape[0] if reduction == "none" else (), device="cuda")
     found = run(ours, hidden, weight, grad)

@@ -144,11 +144,24 @@ def test_a_second_backward_pass_is_refused():
         loss.backward()
 
 
+def test_a_scaled_loss_keeps_small_gradients_in_fp16():
+    # Probabilities of 1e-3 / 2000 are below what fp16 holds, until a GradScaler's factor comes.
+    hidden, weight, targets = problem((2000, 8, 997), torch.float16)
+    factor = torch.tensor(2.0**16)
+    ours = gradients(lambda h, w: linear_cross_entropy(h, w, targets), hidden, weight * 0.1, factor)
+    plain, truth = (
+        gradients(lambda h, w: by_definition(h, w, targets), hidden, weight * 0.1, factor, dtype)
+        for dtype in (None, torch.float64)
+    )
+    for one, other, exact in zip(ours, plain, truth, strict=True):
+        assert (one - exact).norm() <= 2 * (other - exact).norm()
+
+
 def test_the_gradient_of_the_weight_is_not_copied():
     hidden, weight, targets = problem((40, 8, 11), torch.float32)
     weight.requires_grad_()
     total, _, grad_weight = torch.ops.torchtune_fused.linear_cross_entropy_sum(
-        *(hidden, weight, targets, -100, 0.0, 0.0, False, True)
+        *(hidden, weight, targets, -100, 0.0, 0.0, None, False, True)
     )
     memory = grad_weight.data_ptr()
     del grad_weight

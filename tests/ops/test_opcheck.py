@@ -164,9 +164,10 @@ CALLS = {
     "linear_cross_entropy_backward": lambda: [
         *(randn(5), *(t.detach() for t in head()), -100, 2.0, 0.0, True, True),
     ],
-    "linear_cross_entropy_sum": lambda: [*head(), -100, 0.0, 0.0, True, True],
+    "linear_cross_entropy_sum": lambda: [*head(), -100, 0.0, 0.0, None, True, True],
     "linear_cross_entropy_sum frozen": lambda: [
-        *(randn(5, 4, grad=True), randn(7, 4), torch.randint(7, (5,)), -100, 0.0, 0.0, True, False),
+        *(randn(5, 4, grad=True), randn(7, 4), torch.randint(7, (5,))),
+        *(-100, 0.0, 0.0, torch.tensor(0.2), True, False),
     ],
     "attention": lambda: [*(randn(*s, grad=True) for s in QKV), *ALONE, True, 0.3, None, None],
     "attention mask": lambda: [

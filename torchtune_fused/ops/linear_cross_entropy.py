@@ -45,7 +45,8 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weightᵀ, targets)``, without the logits' memory.
 
     With ``"mean"`` and ``"sum"``, gradients are computed along with the loss, and the backward pass
-    scales them in place: it can run once. With ``"none"`` it computes the logits anew.
+    scales them in place, where they reach it with another factor than 1: it can run once. With
+    ``"none"`` it computes the logits anew.
 
     Args:
         hidden (Tensor): hidden states of shape ``[..., dim]``.
@@ -86,12 +87,17 @@ def linear_cross_entropy(
     if reduction == "none":
         return call("linear_cross_entropy", *arguments).view(targets.shape)
     grads = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    total = call("linear_cross_entropy_sum", *arguments, *grads)[0]
     if reduction == "sum":
-        return total
+        return call("linear_cross_entropy_sum", *arguments, None, *grads)[0]
     count = (ids != ignore_index).sum()
     # A division by no tokens would make the gradients NaN, not only the loss.
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+    share = count.clamp(min=1).to(_loss_dtype(hidden)).reciprocal()
+    if hidden.dtype == torch.float16:
+        # So small a factor would take gradients below fp16's range, out of a GradScaler's reach.
+        mean = call("linear_cross_entropy_sum", *arguments, None, *grads)[0] * share
+    else:
+        mean = call("linear_cross_entropy_sum", *arguments, share, *grads)[0]
+    return torch.where(count > 0, mean, torch.nan)
 
 
 def _chunk_size(tokens: int, dim: int, grad_weight: bool) -> int:
@@ -159,13 +165,16 @@ def _backward(grad, hidden, weight, targets, *options):
 
 @define_op(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
-    "float softcap, float z_loss, bool for_hidden, bool for_weight) -> "
+    "float softcap, float z_loss, Tensor? factor, bool for_hidden, bool for_weight) -> "
     "(Tensor total, Tensor grad_hidden, Tensor grad_weight)",
     composite=True,
 )
-def _sum(hidden, weight, targets, *options):
-    losses, *grads = _run(hidden, weight, targets, None, *options)
-    return losses.sum(), *grads
+def _sum(hidden, weight, targets, ignore_index, softcap, z_loss, factor, *wanted):
+    # The factor, one element of the losses' dtype, is that of the sum and of its gradients.
+    grad = None if factor is None else factor.expand(targets.shape).contiguous()
+    losses, *grads = _run(hidden, weight, targets, grad, ignore_index, softcap, z_loss, *wanted)
+    total = losses.sum()
+    return total if factor is None else total * factor, *grads
 
 
 @torch.library.register_fake("torchtune_fused::linear_cross_entropy", lib=LIBRARY)
@@ -182,9 +191,9 @@ def _fake_backward(
 
 
 @torch.library.register_fake("torchtune_fused::linear_cross_entropy_sum", lib=LIBRARY)
-def _(hidden, *arguments):
+def _(hidden, weight, targets, ignore_index, softcap, z_loss, factor, *wanted):
     total = hidden.new_empty((), dtype=_loss_dtype(hidden))
-    return total, *_fake_backward(None, hidden, *arguments)
+    return total, *_fake_backward(None, hidden, weight, targets, None, None, None, *wanted)
 
 
 def _setup_context(ctx, inputs, output):
@@ -207,7 +216,7 @@ def _setup_context_sum(ctx, inputs, output):
 
 def _autograd_sum(ctx, grad):
     saved = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-    return *(_scaled(t, grad) if need else None for t, need in saved), *(None,) * 6
+    return *(_scaled(t, grad) if need else None for t, need in saved), *(None,) * 7
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
