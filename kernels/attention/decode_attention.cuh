@@ -3,19 +3,21 @@
 // A row tile is up to 16 (query head, step) rows that share a key head: the heads of its group,
 // packed as the 16 rows of an mma, so that the cache is read once for all of them.
 // Grid: a block for each split of each row tile, at most one per SM if they can run at once. Block:
-// 4 warps. The keys of a row tile are split over the blocks, and within a block over the warps, in
-// units of 16 keys; how many of the splits have work follows from the length, which is read on the
-// device: one captured launch serves every length. Each warp keeps its own online softmax (Dao et
-// al., FlashAttention-2, 2023) over its own units, which stream through its own ring of shared
-// memory: K of a unit, V of it, K of the next. The warps' results are merged in shared memory, and
-// the blocks' by the one that arrives last, in the order of the splits (Dao et al., Flash-Decoding,
-// 2023). On 9.0, two splits form a cluster: each block merges half of the columns, which the other
-// stores into its shared memory. Slots beyond the length are never read.
+// 4 warps. The keys of a row tile are dealt to the warps of its splits by turns, in units of 16, so
+// that what is read at a time lies together; how many of the splits have work follows from the
+// length, which is read on the device: one captured launch serves every length. Each warp keeps its
+// own online softmax (Dao et al., FlashAttention-2, 2023) over its own units, which stream through
+// its own ring of shared memory: K of a unit, V of it, K of the next. The warps' results are merged
+// in shared memory, and the splits' by their blocks, each for a share of the columns, always in the
+// same order (after Dao et al., Flash-Decoding, 2023): on 9.0, two splits form a cluster and store
+// into each other's shared memory; more go through global memory. Slots beyond the length are never
+// read.
 #pragma once
 
 #include <algorithm>
 
 #include "attention/attention.h"
+#include "attention/decode_exchange.cuh"
 #include "attention/decode_inbox.cuh"
 #include "common/launch.h"
 #include "common/ptx.cuh"
@@ -23,12 +25,11 @@
 
 namespace torchtune_fused {
 
-constexpr int kRows = 16;       // query rows in a tile
 constexpr int kUnit = 16;       // keys in a unit
 constexpr int kMergeBatch = 4;  // partial results of a row that are read at once
 constexpr int kAttnWarps = 4;
 constexpr int kAttnThreads = 32 * kAttnWarps;
-constexpr int kLeastUnits = 3;  // of a warp: merging splits costs more than reading so few
+constexpr int kLeastUnits = 2;  // of a warp: merging splits costs more than reading so few
 
 // A row of keys in shared memory is padded by 16 bytes, which spreads 8 rows over all banks.
 template <int D>
@@ -81,13 +82,6 @@ __device__ __forceinline__ int active_splits(const DecodeAttentionParams& p, Uni
   return min(max((units.end - units.begin + kLeast - 1) / kLeast, 1), p.splits);
 }
 
-__device__ __forceinline__ UnitRange units_of_split(UnitRange units, unsigned split,
-                                                    unsigned active) {
-  const unsigned n = units.end - units.begin;
-  return {units.begin + static_cast<int>(n * split / active),
-          units.begin + static_cast<int>(n * (split + 1) / active)};
-}
-
 __device__ __forceinline__ int filled_slots(const DecodeAttentionParams& p) {
   const long long length = __ldcg(reinterpret_cast<const long long*>(p.length));
   return static_cast<int>(length < 0 ? 0 : length < p.max_len ? length : p.max_len);
@@ -96,13 +90,14 @@ __device__ __forceinline__ int filled_slots(const DecodeAttentionParams& p) {
 // Four columns of the sum of a row of a group, divided by the sum of its probabilities.
 template <typename T>
 __device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int batch, int kv_head,
-                                          int row_in_group, int column, float4 out, float sum) {
-  const float inverse = sum > 0.f ? 1.f / sum : 0.f;  // a row that sees nothing gives zeros
+                                          int row_in_group, int column, const Partial& sum) {
+  const float inverse = sum.weight > 0.f ? 1.f / sum.weight : 0.f;  // a row that sees nothing: zeros
   const int heads_per_group = p.heads / p.kv_heads;
   const int step = row_in_group / heads_per_group;
   const int head = kv_head * heads_per_group + row_in_group % heads_per_group;
   T* target = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
               step * p.out_stride[2] + column;
+  const float4 out = sum.out;
   *reinterpret_cast<uint2*>(target) = {pack<T>(out.x * inverse, out.y * inverse),
                                        pack<T>(out.z * inverse, out.w * inverse)};
 }
@@ -146,7 +141,8 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     wait_for_grid();
     return;
   }
-  const UnitRange mine = units_of_split(all, split, active);
+  // All splits go through the keys together, so that what they read at a time lies together.
+  const int first_unit = all.begin + split * kAttnWarps + warp, unit_step = active * kAttnWarps;
 
   // This lane's two rows of the tile, g and g + 8, and the slots that each may see.
   int first_slot[2], last_slot[2];  // [first, last)
@@ -173,10 +169,10 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   float2* stats = reinterpret_cast<float2*>(pool);  // [warp][row]: maximum, sum
   pool += 2 * kAttnWarps * kRows * 4;
   const uint32_t ring = shared_address(pool) + warp * kSlots * kSlotBytes<D>;
-  int load_unit = mine.begin + warp;
+  int load_unit = first_unit;
   bool load_values = false;
   const auto load_item = [&](int slot) {
-    if (load_unit < mine.end) {
+    if (load_unit < all.end) {
       const int first = load_unit * kUnit;
       const int stride = static_cast<int>(load_values ? p.v_stride[2] : p.k_stride[2]);
       const T* unit = (load_values ? v_head : k_head) + static_cast<int64_t>(first) * stride;
@@ -188,7 +184,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
         copy_async_16(ring + slot * kSlotBytes<D> + row * kRowBytes<D> + piece * 16,
                       unit + (valid ? row * stride + piece * 8 : 0), valid);
       }
-      if (load_values) load_unit += kAttnWarps;
+      if (load_values) load_unit += unit_step;
       load_values = !load_values;
     }
     copy_async_commit();
@@ -200,7 +196,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
     for (; filled < kSlots && (load_unit + 1) * kUnit <= old; ++filled) load_item(filled);
     // The old slots of the unit that the new ones begin in come into L2, at least.
     const int row = load_unit * kUnit + lane % kUnit;
-    if (load_unit == old / kUnit && load_unit < mine.end && row < old) {
+    if (load_unit == old / kUnit && load_unit < all.end && row < old) {
       const T* key_or_value =
           lane < kUnit ? k_head + row * p.k_stride[2] : v_head + row * p.v_stride[2];
 #pragma unroll
@@ -230,7 +226,7 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);  // exp2 instead of exp
   int slot = 0;
   const auto next_slot = [&] { slot = slot + 1 == kSlots ? 0 : slot + 1; };
-  for (int unit = mine.begin + warp; unit < mine.end; unit += kAttnWarps) {
+  for (int unit = first_unit; unit < all.end; unit += unit_step) {
     // S = Q K^T: 16 rows by 16 keys.
     copy_async_wait<kSlots - 1>();
     __syncwarp();
@@ -330,27 +326,23 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
   }
   __syncthreads();
 
-  // Twice through the same code, which is so found in the cache: first the warps' results are
-  // merged, then those of the splits, in a cluster by all of its blocks, else by the one that
-  // arrives last.
-  __shared__ bool last;
-  float2* split_stats = p.partial_stat + tile * p.splits * kRows;
-  float* split_outs = p.partial_out + tile * p.splits * kRows * D;
+  // In a cluster twice through the same code, which is so found in the cache: first the warps'
+  // results are merged, then, by each block for its share, those of the splits.
+  const Exchange<D> exchange(p, tile);
   const float2* from_stats = stats;
   const float* from_outs = merge;
   int count = kAttnWarps, stat_stride = kRows, out_stride = kRows * kMergeStride<D>;
-  int row_stride = kMergeStride<D>, begin = 0, end = inbox.pieces;
+  int begin = 0, end = inbox.pieces;
 #pragma unroll 1
   for (bool of_warps = true;; of_warps = false) {
     const bool final = active == 1 || !of_warps;
 #pragma unroll 1
     for (int i = begin + threadIdx.x; i < end; i += kAttnThreads) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
-      const bool by_piece = kClustered && !of_warps;
-      const float2* stat_at = from_stats + (by_piece ? i - begin : row);
-      const float* out_at = from_outs + (by_piece ? (i - begin) * 4 : row * row_stride + column);
-      float maximum = -INFINITY, sum = 0.f;
-      float4 total = {0.f, 0.f, 0.f, 0.f};
+      const float2* stat_at = from_stats + (of_warps ? row : i - begin);
+      const float* out_at =
+          from_outs + (of_warps ? row * kMergeStride<D> + column : (i - begin) * 4);
+      Partial own;
 #pragma unroll 1
       for (int first = 0; first < count; first += kMergeBatch) {
         float2 stat[kMergeBatch];
@@ -363,48 +355,34 @@ __global__ void __launch_bounds__(kAttnThreads, 1)
         }
 #pragma unroll
         for (int j = 0; j < kMergeBatch; ++j) {
-          if (first + j >= count || stat[j].x == -INFINITY) continue;
-          const float new_maximum = fmaxf(maximum, stat[j].x);
-          const float decay = exp2f(maximum - new_maximum);
-          const float factor = exp2f(stat[j].x - new_maximum);
-          maximum = new_maximum;
-          sum = sum * decay + stat[j].y * factor;
-          total = {total.x * decay + part[j].x * factor, total.y * decay + part[j].y * factor,
-                   total.z * decay + part[j].z * factor, total.w * decay + part[j].w * factor};
+          if (first + j < count) own.add(stat[j], part[j]);
         }
       }
       if (final) {
-        store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, total, sum);
+        store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, own);
       } else if constexpr (kClustered) {
-        inbox.send(split, i, total, {maximum, sum});
+        inbox.send(split, i, own.out, own.stat());
       } else {
-        const int at = split * kRows + row;
-        *reinterpret_cast<float4*>(split_outs + at * D + column) = total;
-        if (column == 0) split_stats[at] = {maximum, sum};
+        exchange.send(split, row, column, own);
       }
     }
-    if (final) break;
-    if constexpr (kClustered) {
-      begin = inbox.begin(split);
-      end = inbox.begin(split + 1);
+    if (final) return;
+    begin = inbox.begin(split);
+    end = inbox.begin(split + 1);
+    if constexpr (!kClustered) {
+      exchange.meet(active);
+      exchange.for_merged(begin, end, active, [&](int row, int column, const Partial& all) {
+        store_row<T>(p, batch, kv_head, row_tile * kRows + row, column, all);
+      });
+      return;
+    } else {
       wait(*inbox.full, 0);
       from_stats = inbox.stats;
       from_outs = reinterpret_cast<const float*>(inbox.outs);
       stat_stride = inbox.share;
       out_stride = 4 * inbox.share;
-    } else {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) last = atomicInc(p.arrivals + tile, active - 1) == active - 1;
-      __syncthreads();
-      if (!last) break;
-      __threadfence();  // its own L1 must not answer for what the others wrote
-      from_stats = split_stats;
-      from_outs = split_outs;
-      out_stride = kRows * D;
-      row_stride = D;
+      count = active;
     }
-    count = active;
   }
 }
 

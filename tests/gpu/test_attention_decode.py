@@ -97,6 +97,31 @@ def test_strided_inputs(assert_as_exact):
     check(assert_as_exact, q, caches, 299)
 
 
+def test_calls_on_several_streams_at_once():
+    # The blocks of a call wait for one another, whatever else is running: here one key head, which
+    # many blocks share, beside shapes that fill the GPU, and a stream that goes first.
+    calls, differences = [], []
+    for priority, (batch, heads, kv_heads, d) in [
+        (0, (1, 8, 1, 128)),
+        (-1, (1, 16, 1, 64)),
+        (0, (1, 32, 8, 128)),
+        (0, (7, 9, 3, 64)),
+    ]:
+        caches = [normal(batch, kv_heads, 8192, d, dtype=torch.bfloat16) for _ in range(2)]
+        length = torch.tensor([8000], device="cuda")
+        arguments = normal(batch, heads, 1, d, dtype=torch.bfloat16), *caches, length
+        calls.append(
+            (torch.cuda.Stream(priority=priority), arguments, attention_decode(*arguments))
+        )
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for stream, arguments, expected in calls:
+            with torch.cuda.stream(stream):
+                differences.append((attention_decode(*arguments) != expected).any())
+    torch.cuda.synchronize()
+    assert not torch.stack(differences).any()
+
+
 def test_large_logits(assert_as_exact):
     caches = poisoned_caches(torch.bfloat16, 1, 2, 512, 64, 500, torch.nan)
     check(assert_as_exact, 30 * normal(1, 8, 1, 64, dtype=torch.bfloat16), caches, 500)
