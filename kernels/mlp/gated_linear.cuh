@@ -30,6 +30,8 @@ struct GatedLinearShape {
 
 constexpr int kGatedStages = 4, kGatedWidth = kWidth / 2;
 constexpr int kGatedSharedBytes = 1024 + Ring<kGatedStages>::kBytes + Handover::kBytes;
+// Of a thread, for finishing and for multiplying; before, the 3 warpgroups have 168 each.
+constexpr int kGatedFinishingRegisters = 112, kGatedMultiplyingRegisters = 192;
 
 template <typename T>
 __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
@@ -55,7 +57,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   int row_pair, column;
 
   if (warp < 4) {
-    give_up_registers<kFinishingRegisters>();
+    give_up_registers<kGatedFinishingRegisters>();
     if (warp == 0 && lane == 0) {
       const CUtensorMap* weight = rank == 0 ? &maps.gate_weight : &maps.up_weight;
       const CUtensorMap* low_weight = rank == 0 ? &maps.low_gate : &maps.low_up;
@@ -115,7 +117,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       });
     }
   } else {
-    take_registers<kMultiplyingRegisters>();
+    take_registers<kGatedMultiplyingRegisters>();
     const int half = warp / 4 - 1;
     multiply_and_hand_over<T, false, true>(
         ring, Handover(boxes, barriers, half), cluster, order.size(), clusters, steps, half,

@@ -33,13 +33,25 @@ struct GatedLinearBackwardShape {
 constexpr int kBackwardStages = 4;
 constexpr int kBackwardSharedBytes = 1024 + Ring<kBackwardStages>::kBytes + Handover::kBytes;
 
-// What a finishing warp works on at a time: four rows of 128 columns. A lane has 8 columns of
-// every second row.
+// Of a thread, for finishing and for multiplying; before, the 3 warpgroups have 168 each.
+constexpr int kBackwardFinishingRegisters = 136, kBackwardMultiplyingRegisters = 184;
+
+// What a finishing warp works on at a time: eight rows of 128 columns. A lane has 8 columns of the
+// left 64 and as many of the right, of every fourth row. In ptxas's code a wait for one load is one
+// for all that are under way, so the loads of the next piece start together, before the arithmetic
+// of this one. With four rows they would take longer than that.
 struct Piece {
-  static constexpr int kRows = 4, kVectors = 2;
-  int64_t offset;  // in bytes, of this lane's first row
-  int rows;        // from there on within the matrix
+  static constexpr int kRows = 8, kVectors = 4;
+  int64_t offset;     // in bytes, of this lane's first vector
+  int rows, columns;  // from there on within the matrix
   uint4 gate[kVectors], up[kVectors];
+
+  static __device__ int row(int v) { return v / 2 * 4; }
+  static __device__ int column(int v) { return v % 2 * 64; }
+  __device__ bool has(int v) const { return row(v) < rows && column(v) < columns; }
+  __device__ int64_t offset_of(int v, uint32_t row_bytes) const {
+    return offset + row(v) * int64_t{row_bytes} + 2 * column(v);
+  }
 };
 
 template <typename V>
@@ -85,13 +97,14 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   sync_cluster();
   wait_for_grid();
 
-  const TileOrder order(shape.rows, (shape.n + kWidth - 1) / kWidth);
+  // Narrower bands than elsewhere: what the finishing warps load and store goes through L2 as well.
+  const TileOrder<8> order(shape.rows, (shape.n + kWidth - 1) / kWidth);
   const int wide_steps = steps_of(shape.k), steps = wide_steps + steps_of(shape.rank);
   const int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
   int row_pair, column;
 
   if (warp < 4) {
-    give_up_registers<kFinishingRegisters>();
+    give_up_registers<kBackwardFinishingRegisters>();
     if (warp == 0) {
       for (int tile = cluster; lane == 0 && tile < order.size(); tile += clusters) {
         order.at(tile, row_pair, column);
@@ -110,55 +123,61 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       }
     } else {
       // A tile's pieces, in the order in which they come: left and right, above and below.
-      constexpr int kOfHandover = 64 / Piece::kRows, kOfTile = 4 * kOfHandover;
-      const int64_t row_bytes = int64_t{2} * shape.n;
-      int next_tile = cluster, next_piece = warp - 1;  // every third one is this warp's
-      const auto load_next = [&](Piece& piece) {
-        piece.rows = 0;
-        if (next_tile >= order.size()) return;
-        if (next_piece == warp - 1) order.at(next_tile, row_pair, column);
-        const int row = (2 * row_pair + rank) * kRows +
-                        next_piece % (2 * kOfHandover) * Piece::kRows + lane / 16;
-        const int first = column * kWidth +
-                          next_piece / (2 * kOfHandover) * Handover::kColumns + lane % 16 * 8;
-        piece.offset = row * row_bytes + 2 * first;
-        if (first < shape.n) piece.rows = shape.rows - row;
+      constexpr unsigned kOfHandover = 64 / Piece::kRows, kOfTile = 4 * kOfHandover;
+      const uint32_t row_bytes = 2 * shape.n;
+      int64_t origin = 0;  // of this lane's first vector in a tile
+      int rows, columns;   // from there on within the matrix
+      const auto enter = [&](int tile) {
+        rows = columns = 0;
+        if (tile >= order.size()) return;
+        order.at(tile, row_pair, column);
+        const int row = (2 * row_pair + rank) * kRows + lane / 8;
+        const int first = column * kWidth + lane % 8 * 8;
+        origin = int64_t{row} * row_bytes + 2 * first;
+        rows = shape.rows - row, columns = shape.n - first;
+      };
+      const auto load = [&](Piece& piece, unsigned i) {
+        const int row = i % (2 * kOfHandover) * Piece::kRows;
+        const int right = i / (2 * kOfHandover) * Handover::kColumns;
+        piece.offset = origin + row * int64_t{row_bytes} + 2 * right;
+        piece.rows = rows - row, piece.columns = columns - right;
 #pragma unroll
-        for (int i = 0; i < Piece::kVectors; ++i) {
-          if (2 * i < piece.rows) {
-            piece.gate[i] = __ldcs(at<const uint4>(shape.gate, piece.offset + 2 * i * row_bytes));
-            piece.up[i] = __ldcs(at<const uint4>(shape.up, piece.offset + 2 * i * row_bytes));
+        for (int v = 0; v < Piece::kVectors; ++v) {
+          if (piece.has(v)) {
+            const int64_t offset = piece.offset_of(v, row_bytes);
+            piece.gate[v] = __ldcs(at<const uint4>(shape.gate, offset));
+            piece.up[v] = __ldcs(at<const uint4>(shape.up, offset));
           }
         }
-        next_piece += kFinishingWarps;
-        if (next_piece >= kOfTile) next_piece = warp - 1, next_tile += clusters;
       };
 
       with_activation(shape.activation, [&](auto activation) {
+        const unsigned own = warp - 1;  // and every third one from there on
         Piece next;
-        load_next(next);
+        enter(cluster);
+        load(next, own);
         for (int tile = cluster; tile < order.size(); tile += clusters) {
 #pragma unroll 1
-          for (int i = warp - 1; i < kOfTile; i += kFinishingWarps) {
-            const bool right = i >= 2 * kOfHandover;
-            const Handover sums(boxes, barriers, i / kOfHandover % 2);
-            const int of_handover = i % kOfHandover;
+          for (unsigned i = own; i < kOfTile; i += kFinishingWarps) {
             Piece piece = next;
-            load_next(next);
-            if (of_handover < kFinishingWarps) wait(*sums.there, right);
-            uint4 grad[Piece::kVectors], hidden;
+            unsigned ahead = i + kFinishingWarps;
+            if (ahead >= kOfTile) enter(tile + clusters), ahead = own;
+            load(next, ahead);
+            const Handover sums(boxes, barriers, i / kOfHandover % 2);
+            const unsigned of_handover = i % kOfHandover;
+            if (of_handover < kFinishingWarps) wait(*sums.there, i / (2 * kOfHandover));
 #pragma unroll
             for (int v = 0; v < Piece::kVectors; ++v) {
-              const int row = of_handover * Piece::kRows + 2 * v + lane / 16;
-              grad[v] = load_shared_16(sums.at(row, lane % 16));
-            }
-            __syncwarp();
-            if (lane == 0 && of_handover + kFinishingWarps >= kOfHandover) arrive(*sums.read);
-#pragma unroll
-            for (int v = 0; v < Piece::kVectors; ++v) {
-              if (2 * v < piece.rows) {
-                gated_gradients<T, activation.value>(grad[v], piece.gate[v], piece.up[v], hidden);
-                const int64_t offset = piece.offset + 2 * v * row_bytes;
+              const int row = of_handover * Piece::kRows + lane / 8 + Piece::row(v);
+              const uint4 grad = load_shared_16(sums.at(row, lane % 8 + Piece::column(v) / 8));
+              if (v == Piece::kVectors - 1) {
+                __syncwarp();
+                if (lane == 0 && of_handover + kFinishingWarps >= kOfHandover) arrive(*sums.read);
+              }
+              if (piece.has(v)) {
+                uint4 hidden;
+                gated_gradients<T, activation.value>(grad, piece.gate[v], piece.up[v], hidden);
+                const int64_t offset = piece.offset_of(v, row_bytes);
                 __stcs(at<uint4>(shape.grad_gate, offset), piece.gate[v]);
                 __stcs(at<uint4>(shape.grad_up, offset), piece.up[v]);
                 if (shape.hidden) __stcs(at<uint4>(shape.hidden, offset), hidden);
@@ -169,7 +188,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
       });
     }
   } else {
-    take_registers<kMultiplyingRegisters>();
+    take_registers<kBackwardMultiplyingRegisters>();
     const int half = warp / 4 - 1;
     multiply_and_hand_over<T, true, false>(
         ring, Handover(boxes, barriers, half), cluster, order.size(), clusters, steps, half,

@@ -13,8 +13,6 @@
 namespace torchtune_fused {
 
 constexpr int kFinishingWarps = 3;
-// Of a thread; before, the 3 warpgroups have 168 each.
-constexpr int kFinishingRegisters = 112, kMultiplyingRegisters = 192;
 
 // Half of the sums of a warpgroup on their way: 64 x 128 elements in two boxes. Which columns come
 // first and which second is the kernel's choice.
