@@ -91,7 +91,8 @@ __device__ __forceinline__ int filled_slots(const DecodeAttentionParams& p) {
 template <typename T>
 __device__ __forceinline__ void store_row(const DecodeAttentionParams& p, int batch, int kv_head,
                                           int row_in_group, int column, const Partial& sum) {
-  const float inverse = sum.weight > 0.f ? 1.f / sum.weight : 0.f;  // a row that sees nothing: zeros
+  // A row that sees nothing gives zeros.
+  const float inverse = sum.weight > 0.f ? 1.f / sum.weight : 0.f;
   const int heads_per_group = p.heads / p.kv_heads;
   const int step = row_in_group / heads_per_group;
   const int head = kv_head * heads_per_group + row_in_group % heads_per_group;

@@ -52,18 +52,20 @@ struct Exchange {
     __syncthreads();
     if (threadIdx.x == 0) {
       const unsigned wrap = 2 * active - 1;
-      asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(arrivals), "r"(wrap) : "memory");
+      asm volatile("red.release.gpu.global.inc.u32 [%0], %1;"
+                   ::"l"(arrivals), "r"(wrap) : "memory");
       unsigned there;
       do {
         asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(there) : "l"(arrivals) : "memory");
       } while (there < active);
-      asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(arrivals), "r"(wrap) : "memory");
+      asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;"
+                   ::"l"(arrivals), "r"(wrap) : "memory");
     }
     __syncthreads();
   }
 
-  // Calls use(row, column, all) for the pieces of four columns from `begin` to `end`. As many lanes as
-  // there are to spare merge a piece: each the splits that are its own, then they theirs.
+  // Calls use(row, column, all) for the pieces of four columns from `begin` to `end`. As many lanes
+  // as there are to spare merge a piece: each the splits that are its own, then they theirs.
   template <typename F>
   __device__ __forceinline__ void for_merged(int begin, int end, int active, F use) const {
     const int threads = blockDim.x;
