@@ -93,11 +93,8 @@ def rotary_self_attention(
     bits, kinds = check_mask(op, mask, heads, s)
     window = check_window(op, window, s)
     if x.is_cuda and not has_kernel(x, d):
-        split = (
-            t.unflatten(-1, (-1, d))
-            for t in qkv_linear(x, *layers, scale=scale, adapter_inputs=adapter_inputs)
-        )
-        queries, keys, values = split
+        projected = qkv_linear(x, *layers, scale=scale, adapter_inputs=adapter_inputs)
+        queries, keys, values = (t.unflatten(-1, (-1, d)) for t in projected)
         queries, keys = qk_norm_rope(queries, keys, cos, sin, input_pos, interleaved=interleaved)
         sequences = (t.transpose(1, 2) for t in (queries, keys, values))
         out = attention(*sequences, mask, causal=causal, window=window, documents=documents)
