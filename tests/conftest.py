@@ -18,6 +18,26 @@ def smollm2() -> Path:
     return demo_model()
 
 
+@pytest.fixture(scope="session")
+def plain_rotation():
+    """Rotary position embedding by its definition, in the precision of ``x [b, s, heads, d]``."""
+
+    def rotate(x, cos, sin, input_pos=None, *, interleaved):
+        b, s, _, d = x.shape
+        positions = torch.arange(s, device=x.device) if input_pos is None else input_pos.long()
+        positions = positions.reshape(-1, s).expand(b, s)
+        cos, sin = (t.to(x.dtype)[positions, None] for t in (cos, sin))
+        one, two = (
+            (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(d // 2), slice(d // 2, d))
+        )
+        out = torch.empty_like(x)
+        out[..., one] = x[..., one] * cos - x[..., two] * sin
+        out[..., two] = x[..., two] * cos + x[..., one] * sin
+        return out
+
+    return rotate
+
+
 @pytest.hookimpl(trylast=True)  # after the hook of tests/gpu, which marks its tests
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -234,25 +234,22 @@ def test_deterministic_gradients(case, check):
         assert all(torch.equal(*pair) for pair in zip(run, runs[0], strict=True))
 
 
-def rotate(x, cos, sin, positions, interleaved):
-    cos, sin = (t.to(x.dtype)[positions].unsqueeze(1) for t in (cos, sin))
-    d = x.shape[-1]
-    one, two = (
-        (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(d // 2), slice(d // 2, d))
-    )
-    out = torch.empty_like(x)
-    out[..., one] = x[..., one] * cos - x[..., two] * sin
-    out[..., two] = x[..., two] * cos + x[..., one] * sin
-    return out
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [8, 40, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("heads, kv_heads, s", [(4, 4, 70), (9, 3, 257), (8, 2, 1000), (7, 1, 129)])
 @pytest.mark.parametrize("kind", ["counted", "shared", "batched", "deterministic", "bf16 tables"])
 def test_gradients_of_what_was_rotated(
-    assert_as_exact, plain_attention, dtype, d, interleaved, heads, kv_heads, s, kind
+    assert_as_exact,
+    plain_attention,
+    plain_rotation,
+    dtype,
+    d,
+    interleaved,
+    heads,
+    kv_heads,
+    s,
+    kind,
 ):
     q, k, v = qkv(2, heads, kv_heads, s, d, dtype=dtype)
     angles = torch.rand(s + 5, d // 2, device="cuda") * 6.28
@@ -262,13 +259,16 @@ def test_gradients_of_what_was_rotated(
         "shared": torch.randint(s + 5, (s,), device="cuda"),
         "batched": torch.randint(s + 5, (2, s), device="cuda", dtype=torch.int32),
     }.get(kind)
-    positions = torch.arange(s, device="cuda") if input_pos is None else input_pos.long()
-    positions = positions.reshape(-1, s).expand(2, s)
     grad = normal(2, s, heads, d, dtype=dtype).transpose(1, 2)
 
     def plain(precision):
         leaves = [t.detach().to(precision).requires_grad_() for t in (q, k, v)]
-        rotated = [rotate(t, cos, sin, positions, interleaved) for t in leaves[:2]]
+        rotated = [
+            plain_rotation(
+                t.transpose(1, 2), cos, sin, input_pos, interleaved=interleaved
+            ).transpose(1, 2)
+            for t in leaves[:2]
+        ]
         out = plain_attention(*rotated, leaves[2], causal=True)
         return torch.autograd.grad(out, leaves, grad.to(precision))
 

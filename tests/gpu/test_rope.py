@@ -14,28 +14,24 @@ def tables(d, dtype=torch.float32):
     return table[..., 0], table[..., 1]
 
 
-def plain(q, k, *norms, angles, input_pos, interleaved, norm_before_rope):
+@pytest.fixture
+def plain(plain_rotation):
     """By the definitions, in the precision of the arguments."""
-    b, s, _, d = q.shape
-    positions = torch.arange(s, device="cuda") if input_pos is None else input_pos.long()
-    positions = positions.reshape(-1, s).expand(b, s)
-    cos, sin = (t.to(q.dtype)[positions, None] for t in angles)
-    one, two = (
-        (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(d // 2), slice(d // 2, d))
-    )
 
-    def heads(x, weight):
-        if weight is not None and norm_before_rope:
-            x = F.rms_norm(x, (d,), weight, EPS)
-        out = torch.empty_like(x)
-        out[..., one] = x[..., one] * cos - x[..., two] * sin
-        out[..., two] = x[..., two] * cos + x[..., one] * sin
-        if weight is not None and not norm_before_rope:
-            out = F.rms_norm(out, (d,), weight, EPS)
-        return out
+    def of(q, k, *norms, angles, input_pos, interleaved, norm_before_rope):
+        def norm(x, weight):
+            return x if weight is None else F.rms_norm(x, x.shape[-1:], weight, EPS)
 
-    q_norm, k_norm = norms or (None, None)
-    return heads(q, q_norm), heads(k, k_norm)
+        def rotate(x):
+            return plain_rotation(x, *angles, input_pos, interleaved=interleaved)
+
+        def heads(x, weight):
+            return rotate(norm(x, weight)) if norm_before_rope else norm(rotate(x), weight)
+
+        q_norm, k_norm = norms or (None, None)
+        return heads(q, q_norm), heads(k, k_norm)
+
+    return of
 
 
 def ours(q, k, *norms, angles, input_pos, interleaved, norm_before_rope):
@@ -81,7 +77,7 @@ def heads_in_one_buffer(b, s, h, h_kv, d, dtype):
         (2, 11, 5, 1, 200),
     ],
 )
-def test_outputs_and_gradients(assert_as_exact, dtype, norm, interleaved, b, s, h, h_kv, d):
+def test_outputs_and_gradients(assert_as_exact, dtype, norm, interleaved, b, s, h, h_kv, d, plain):
     q, k = heads_in_one_buffer(b, s, h, h_kv, d, dtype)
     norms = () if norm == "none" else tuple(torch.randn(2, d, device="cuda").to(dtype))
     # As attention gives them: [b, h, s, d] in memory.
@@ -107,7 +103,7 @@ def test_outputs_and_gradients(assert_as_exact, dtype, norm, interleaved, b, s, 
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
-def test_fp64(interleaved):
+def test_fp64(interleaved, plain):
     q, k = heads_in_one_buffer(2, 7, 4, 2, 48, torch.float64)
     norms = tuple(torch.randn(2, 48, device="cuda", dtype=torch.float64))
     grads = [torch.randn_like(t) for t in (q, k)]
@@ -147,7 +143,7 @@ def test_tables_and_norms_of_another_dtype(table_dtype, norm_dtype):
     ],
     ids=["s", "1 x s, int32", "strided", "b x s, int32"],
 )
-def test_positions(positions):
+def test_positions(positions, plain):
     (q, k), input_pos = heads_in_one_buffer(3, 5, 4, 2, 64, torch.float32), positions()
     kwargs = {"angles": tables(64), "interleaved": False, "norm_before_rope": False}
     results = [f(q, k, input_pos=input_pos, **kwargs) for f in (ours, plain)]

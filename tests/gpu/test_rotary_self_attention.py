@@ -20,19 +20,6 @@ def tables(length, d, interleaved):
     return cos, sin
 
 
-def rotated(x, cos, sin, input_pos, interleaved):
-    """Heads [b, s, h, d], in fp32 at least and rounded once."""
-    _, s, _, d = x.shape
-    positions = torch.arange(s, device="cuda") if input_pos is None else input_pos.reshape(-1, s)
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    c, n = (t.to(wide.dtype)[positions].view(-1, s, 1, d // 2) for t in (cos, sin))
-    first, second = wide.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(
-        -1 if interleaved else -2
-    )
-    turned = first * c - second * n, second * c + first * n
-    return torch.stack(turned, -1 if interleaved else -2).flatten(-2).to(x.dtype)
-
-
 POSITIONS = {
     "none": lambda b, s, limit: None,
     "row": lambda b, s, limit: torch.randint(limit, (1, s), device="cuda").int(),
@@ -56,6 +43,7 @@ POSITIONS = {
 def test_output_and_gradients(
     assert_as_exact,
     plain_attention,
+    plain_rotation,
     dtype,
     interleaved,
     b,
@@ -90,6 +78,12 @@ def test_output_and_gradients(
             tensors.append(made.to(dtype) if made.numel() else None)
     grad = torch.randn(b, s, heads * d, device="cuda").to(dtype)
 
+    def rotated(heads):
+        # In fp32 at least, and rounded once.
+        wide = heads.double() if heads.dtype == torch.float64 else heads.float()
+        turned = plain_rotation(wide, cos, sin, input_pos, interleaved=interleaved)
+        return turned.to(heads.dtype)
+
     def plain(x, *values):
         parts = []
         for i in range(0, 12, 4):
@@ -98,7 +92,7 @@ def test_output_and_gradients(
             if low is not None:
                 out = out + SCALE * F.linear(F.linear(x, low), up)
             out = out.unflatten(-1, (-1, d))
-            turned = out if i == 8 else rotated(out, cos, sin, input_pos, interleaved)
+            turned = out if i == 8 else rotated(out)
             parts.append(turned.transpose(1, 2))
         return plain_attention(*parts, **options).transpose(1, 2).flatten(2)
 

@@ -1,5 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
+
+from torchtune_fused.ops import AdaptedLinear
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +48,48 @@ def run_with_grads():
         return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype))]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def projections():
+    """Projections to queries, keys and values: their tensors by name, ops' layers, the truth."""
+
+    def tensors(rows, dim, widths, ranks, dtype=torch.float32, bias=False, seen=False):
+        """x; of each layer a weight, an adapter unless its rank is 0, a bias; what adapters see."""
+        shapes = {"x": (*rows, dim)}
+        for name, n, rank in zip("qkv", widths, ranks, strict=True):
+            shapes[f"weight {name}"] = n, dim
+            if rank:
+                shapes[f"a {name}"], shapes[f"b {name}"] = (rank, dim), (n, rank)
+            if bias:
+                shapes[f"bias {name}"] = (n,)
+            if rank and seen:
+                shapes[f"seen {name}"] = *rows, dim
+        return {
+            key: torch.randn(shape, dtype=dtype) / (1 if key == "x" else shape[-1] ** 0.5)
+            for key, shape in shapes.items()
+        }
+
+    def layers(named):
+        """The layers, and what their adapters see."""
+        parts = "weight", "a", "b", "bias"
+        return (
+            [AdaptedLinear(*(named.get(f"{part} {name}") for part in parts)) for name in "qkv"],
+            [named.get(f"seen {name}") for name in "qkv"],
+        )
+
+    def plain(named, scale):
+        """Queries, keys and values, product by product."""
+        x, outputs = named["x"], []
+        for name in "qkv":
+            out = F.linear(x, named[f"weight {name}"], named.get(f"bias {name}"))
+            if f"a {name}" in named:
+                low = F.linear(named.get(f"seen {name}", x), named[f"a {name}"])
+                out = out + scale * F.linear(low, named[f"b {name}"])
+            outputs.append(out)
+        return outputs
+
+    return SimpleNamespace(tensors=tensors, layers=layers, plain=plain)
 
 
 @pytest.fixture(scope="session")

@@ -15,26 +15,25 @@ def tables(d):
     return angles.cos(), angles.sin()
 
 
-def plain(q, k, q_norm=None, k_norm=None, *, input_pos=None, interleaved, norm_before_rope):
+@pytest.fixture
+def plain(plain_rotation):
     """By the definitions of norm and rotation, in the precision of the arguments."""
-    b, s, _, d = q.shape
-    positions = torch.arange(s) if input_pos is None else input_pos
-    cos, sin = (t.to(q.dtype)[positions.expand(b, s), None] for t in tables(d))
-    one, two = (
-        (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(d // 2), slice(d // 2, d))
-    )
 
-    def norm(x, weight):
-        return x if weight is None else F.rms_norm(x, (d,), weight, EPS)
+    def of(q, k, q_norm=None, k_norm=None, *, input_pos=None, interleaved, norm_before_rope):
+        d = q.shape[-1]
 
-    def heads(x, weight):
-        x = norm(x, weight) if norm_before_rope else x
-        out = torch.empty_like(x)
-        out[..., one] = x[..., one] * cos - x[..., two] * sin
-        out[..., two] = x[..., two] * cos + x[..., one] * sin
-        return out if norm_before_rope else norm(out, weight)
+        def norm(x, weight):
+            return x if weight is None else F.rms_norm(x, (d,), weight, EPS)
 
-    return heads(q, q_norm), heads(k, k_norm)
+        def rotate(x):
+            return plain_rotation(x, *tables(d), input_pos, interleaved=interleaved)
+
+        def heads(x, weight):
+            return rotate(norm(x, weight)) if norm_before_rope else norm(rotate(x), weight)
+
+        return heads(q, q_norm), heads(k, k_norm)
+
+    return of
 
 
 def ours(q, k, q_norm=None, k_norm=None, *, input_pos=None, interleaved, norm_before_rope):
@@ -61,7 +60,9 @@ def joined(function, kwargs):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 2), (2, 7, 3, 1, 64), (1, 31, 8, 2, 80), (3, 2, 7, 7, 96)], ids=str
 )
-def test_outputs_and_gradients(interleaved, norm, dtype, shape, obeys_the_rule, run_with_grads):
+def test_outputs_and_gradients(
+    interleaved, norm, dtype, shape, obeys_the_rule, run_with_grads, plain
+):
     b, s, h, h_kv, d = shape
     heads = torch.randn(b, s, h, d, dtype=dtype), torch.randn(b, s, h_kv, d, dtype=dtype)
     norms = () if norm == "none" else (torch.randn(d, dtype=dtype), torch.randn(d, dtype=dtype))
@@ -121,7 +122,7 @@ def test_views_into_one_buffer(interleaved):
 
 @pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
 @pytest.mark.parametrize("used", [0, 1], ids=["q", "k"])
-def test_only_one_output_is_used(norms, used):
+def test_only_one_output_is_used(norms, used, plain):
     tensors = [torch.randn(1, 3, h, 8, requires_grad=True) for h in (4, 2)]
     tensors += [torch.randn(8, requires_grad=True) for _ in range(2)] if norms else []
     kwargs = {"interleaved": True, "norm_before_rope": True}

@@ -1,64 +1,54 @@
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from torchtune_fused.ops import AdaptedLinear, qkv_linear
 
 SCALE = 1.7
 WIDTHS, RANKS = (12, 6, 6), (3, 2, 4)
+PARTS = "weight", "a", "b", "bias", "seen"
 
 
-def tensors_of(rows, dim, widths=WIDTHS, ranks=RANKS, dtype=torch.float32, bias=False, seen=False):
-    """x; for each layer a weight, an adapter unless its rank is 0, a bias; what adapters see."""
-    shapes = {"x": (*rows, dim)}
-    for name, n, rank in zip("qkv", widths, ranks, strict=True):
-        shapes[f"weight {name}"] = n, dim
-        if rank:
-            shapes[f"a {name}"], shapes[f"b {name}"] = (rank, dim), (n, rank)
-        if bias:
-            shapes[f"bias {name}"] = (n,)
-        if rank and seen:
-            shapes[f"seen {name}"] = *rows, dim
-    return {
-        key: torch.randn(shape, dtype=dtype) / (1 if key == "x" else shape[-1] ** 0.5)
-        for key, shape in shapes.items()
-    }
+@pytest.fixture
+def tensors_of(projections):
+    return partial(projections.tensors, widths=WIDTHS, ranks=RANKS)
 
 
-def ours(keys):
-    def run(*values):
-        t = dict(zip(keys, values, strict=True))
-        layers = [
-            AdaptedLinear(*(t.get(f"{part} {name}") for part in ("weight", "a", "b", "bias")))
-            for name in "qkv"
-        ]
-        seen = [t.get(f"seen {name}") for name in "qkv"]
-        return torch.cat(qkv_linear(t["x"], *layers, scale=SCALE, adapter_inputs=seen), dim=-1)
+@pytest.fixture
+def ours(projections):
+    def of(keys):
+        def run(*values):
+            tensors = dict(zip(keys, values, strict=True))
+            layers, seen = projections.layers(tensors)
+            outputs = qkv_linear(tensors["x"], *layers, scale=SCALE, adapter_inputs=seen)
+            return torch.cat(outputs, dim=-1)
 
-    return run
+        return run
+
+    return of
 
 
-def plain(keys):
-    def run(*values):
-        t = dict(zip(keys, values, strict=True))
-        outputs = []
-        for name in "qkv":
-            out = F.linear(t["x"], t[f"weight {name}"], t.get(f"bias {name}"))
-            if f"a {name}" in t:
-                low = F.linear(t.get(f"seen {name}", t["x"]), t[f"a {name}"])
-                out = out + SCALE * F.linear(low, t[f"b {name}"])
-            outputs.append(out)
-        return torch.cat(outputs, dim=-1)
+@pytest.fixture
+def plain(projections):
+    def of(keys):
+        def run(*values):
+            outputs = projections.plain(dict(zip(keys, values, strict=True)), SCALE)
+            return torch.cat(outputs, dim=-1)
 
-    return run
+        return run
+
+    return of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (3, 5, 1), (4, 0, 2), (0, 0, 3)])
 @pytest.mark.parametrize("extra", [{}, {"bias": True}, {"bias": True, "seen": True}], ids=str)
-def test_output_and_gradients(dtype, ranks, extra, obeys_the_rule, run_with_grads):
+def test_output_and_gradients(
+    dtype, ranks, extra, obeys_the_rule, run_with_grads, tensors_of, ours, plain
+):
     for rows, dim, widths in [((), 1, (1, 1, 1)), ((2, 7), 64, (33, 11, 11)), ((1, 1), 31, WIDTHS)]:
-        tensors = tensors_of(rows, dim, widths, ranks, dtype, **extra)
+        tensors = tensors_of(rows, dim, widths=widths, ranks=ranks, dtype=dtype, **extra)
         grad = torch.randn(*rows, sum(widths))
         values = list(tensors.values())
         obeys_the_rule(
@@ -68,8 +58,8 @@ def test_output_and_gradients(dtype, ranks, extra, obeys_the_rule, run_with_grad
         )
 
 
-@pytest.mark.parametrize("trained", tensors_of((3,), 8, bias=True, seen=True))
-def test_only_the_gradients_asked_for(trained):
+@pytest.mark.parametrize("trained", ["x", *(f"{p} {name}" for name in "qkv" for p in PARTS)])
+def test_only_the_gradients_asked_for(trained, tensors_of, ours, plain):
     tensors = tensors_of((3,), 8, bias=True, seen=True)
     tensors[trained].requires_grad_()
     grad = torch.randn(3, sum(WIDTHS))
@@ -80,7 +70,7 @@ def test_only_the_gradients_asked_for(trained):
     torch.testing.assert_close(got, expected)
 
 
-def test_some_adapters_see_what_others_do_not(run_with_grads):
+def test_some_adapters_see_what_others_do_not(run_with_grads, tensors_of, ours, plain):
     tensors = tensors_of((5,), 8, seen=True)
     del tensors["seen k"]
     grad, values = torch.randn(5, sum(WIDTHS)), list(tensors.values())
@@ -89,12 +79,12 @@ def test_some_adapters_see_what_others_do_not(run_with_grads):
         torch.testing.assert_close(a, b)
 
 
-def test_gradcheck():
+def test_gradcheck(tensors_of, ours):
     tensors = tensors_of((3,), 4, dtype=torch.float64, bias=True)
     assert torch.autograd.gradcheck(ours(tensors), [t.requires_grad_() for t in tensors.values()])
 
 
-def test_one_of_the_outputs_alone_has_gradients():
+def test_one_of_the_outputs_alone_has_gradients(tensors_of):
     t = tensors_of((5,), 8, ranks=(0, 0, 0))
     x = t["x"].requires_grad_()
     _, keys, _ = qkv_linear(x, *(AdaptedLinear(t[f"weight {name}"]) for name in "qkv"))
@@ -102,7 +92,7 @@ def test_one_of_the_outputs_alone_has_gradients():
     torch.testing.assert_close(x.grad, t["weight k"].sum(0).expand(5, 8))
 
 
-def test_strided_input(run_with_grads):
+def test_strided_input(run_with_grads, tensors_of, ours):
     tensors = tensors_of((4, 6), 8)
     grad = torch.randn(sum(WIDTHS), 6, 4).transpose(0, 2)
     dense = run_with_grads(ours(tensors), list(tensors.values()), grad.contiguous())
@@ -114,7 +104,7 @@ def test_strided_input(run_with_grads):
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["", "dropout"])
-def test_what_is_kept_is_the_tensor_that_was_passed(seen):
+def test_what_is_kept_is_the_tensor_that_was_passed(seen, tensors_of, ours):
     tensors = tensors_of((5,), 8, seen=seen)
     for key, tensor in tensors.items():
         tensor.requires_grad_("weight" not in key)
@@ -138,7 +128,7 @@ def test_what_is_kept_is_the_tensor_that_was_passed(seen):
         ("seen v", torch.zeros(2, 8), ValueError, r"adapter_inputs of v must have shape \[3, 8\]"),
     ],
 )
-def test_bad_arguments(key, value, error, message):
+def test_bad_arguments(key, value, error, message, tensors_of, ours):
     tensors = tensors_of((3,), 8, bias=True, seen=True)
     tensors[key] = value
     with pytest.raises(error, match=message):

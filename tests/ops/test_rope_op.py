@@ -11,25 +11,12 @@ def tables(d):
     return angles.cos(), angles.sin()
 
 
-def plain(x, cos, sin, input_pos, interleaved):
-    """The rotation, channel by channel, in the precision of its arguments."""
-    b, s, _, d = x.shape
-    positions = torch.arange(s) if input_pos is None else input_pos
-    positions = positions.reshape(-1, s).expand(b, s)
-    cos, sin = cos.to(x.dtype)[positions, None], sin.to(x.dtype)[positions, None]
-    one, two = (
-        (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(d // 2), slice(d // 2, d))
-    )
-    out = torch.empty_like(x)
-    out[..., one] = x[..., one] * cos - x[..., two] * sin
-    out[..., two] = x[..., two] * cos + x[..., one] * sin
-    return out
-
-
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 64), (1, 31, 1, 80), (3, 2, 5, 96)])
-def test_output_and_gradient(interleaved, dtype, shape, obeys_the_rule, run_with_grads):
+def test_output_and_gradient(
+    interleaved, dtype, shape, obeys_the_rule, run_with_grads, plain_rotation
+):
     x, grad = torch.randn(shape, dtype=dtype), torch.randn(shape)
     cos, sin = tables(shape[-1])
     for input_pos in (None, torch.randint(MAX_LEN, shape[:2])):
@@ -38,7 +25,7 @@ def test_output_and_gradient(interleaved, dtype, shape, obeys_the_rule, run_with
             return rope(x, cos, sin, pos, interleaved=interleaved)
 
         def reference(x, pos=input_pos):
-            return plain(x, cos, sin, pos, interleaved)
+            return plain_rotation(x, cos, sin, pos, interleaved=interleaved)
 
         obeys_the_rule(
             run_with_grads(ours, (x,), grad),
@@ -52,15 +39,15 @@ def test_output_and_gradient(interleaved, dtype, shape, obeys_the_rule, run_with
     [torch.tensor([5, 0, 9]), torch.tensor([[5, 0, 9]]), torch.tensor([5, 0, 9]).int()],
     ids=["s", "1 x s", "int32"],
 )
-def test_positions_shared_by_the_batch(input_pos):
+def test_positions_shared_by_the_batch(input_pos, plain_rotation):
     x, (cos, sin) = torch.randn(2, 3, 4, 8), tables(8)
-    expected = plain(x, cos, sin, input_pos.long(), True)
+    expected = plain_rotation(x, cos, sin, input_pos, interleaved=True)
     torch.testing.assert_close(rope(x, cos, sin, input_pos, interleaved=True), expected)
 
 
-def test_one_position_for_each_row_of_a_decoding_batch():
+def test_one_position_for_each_row_of_a_decoding_batch(plain_rotation):
     x, (cos, sin), input_pos = torch.randn(3, 1, 4, 8), tables(8), torch.tensor([5, 0, 9])
-    expected = plain(x, cos, sin, input_pos.view(3, 1), False)
+    expected = plain_rotation(x, cos, sin, input_pos.view(3, 1), interleaved=False)
     torch.testing.assert_close(rope(x, cos, sin, input_pos, interleaved=False), expected)
 
 

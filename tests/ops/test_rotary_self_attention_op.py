@@ -1,8 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from torchtune_fused.ops import AdaptedLinear, document_bounds, mask_tiles, rotary_self_attention
+from torchtune_fused.ops import document_bounds, mask_tiles, rotary_self_attention
 
 B, S, DIM, HEADS, KV_HEADS, D = 2, 7, 12, 6, 2, 8
 SCALE = 1.7
@@ -10,63 +11,45 @@ MASK = torch.rand(B, S, S, generator=torch.Generator().manual_seed(3)) < 0.5
 DOCUMENTS = document_bounds(torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2]]))
 
 
-def tensors_of(dtype=torch.float32, bias=False, ranks=(0, 0, 0), seen=False):
-    """x; for each layer a weight, an adapter unless its rank is 0, a bias; what adapters see."""
-    shapes = {"x": (B, S, DIM)}
-    for name, heads, rank in zip("qkv", (HEADS, KV_HEADS, KV_HEADS), ranks, strict=True):
-        n = heads * D
-        shapes[f"weight {name}"] = n, DIM
-        if rank:
-            shapes[f"a {name}"], shapes[f"b {name}"] = (rank, DIM), (n, rank)
-        if bias:
-            shapes[f"bias {name}"] = (n,)
-        if rank and seen:
-            shapes[f"seen {name}"] = B, S, DIM
-    return {
-        key: torch.randn(shape, dtype=dtype) / (1 if key == "x" else shape[-1] ** 0.5)
-        for key, shape in shapes.items()
-    }
-
-
 def angles():
     angle = 6 * torch.rand(9, D // 2)
     return angle.cos(), angle.sin()
 
 
-def ours(keys, cos, sin, input_pos=None, mask=None, **options):
-    def run(*values):
-        t = dict(zip(keys, values, strict=True))
-        layers = [
-            AdaptedLinear(*(t.get(f"{part} {name}") for part in ("weight", "a", "b", "bias")))
-            for name in "qkv"
-        ]
-        options["adapter_inputs"] = [t.get(f"seen {name}") for name in "qkv"]
-        return rotary_self_attention(t["x"], *layers, cos, sin, input_pos, mask, **options)
-
-    return run
+@pytest.fixture
+def tensors_of(projections):
+    widths = [heads * D for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return partial(projections.tensors, (B, S), DIM, widths, ranks=(0, 0, 0))
 
 
-def plain(keys, attend, cos, sin, input_pos=None, *, interleaved, scale=1.0, **options):
-    def rotated(x):
-        position = torch.arange(S) if input_pos is None else input_pos.reshape(-1, S)
-        c, s = (t.to(x.dtype)[position].view(-1, S, 1, D // 2) for t in (cos, sin))
-        pairs = x.unflatten(-1, (-1, 2) if interleaved else (2, -1))
-        first, second = pairs.unbind(-1 if interleaved else -2)
-        turned = first * c - second * s, second * c + first * s
-        return torch.stack(turned, -1 if interleaved else -2).flatten(-2)
+@pytest.fixture
+def ours(projections):
+    def of(keys, cos, sin, input_pos=None, mask=None, **options):
+        def run(*values):
+            tensors = dict(zip(keys, values, strict=True))
+            layers, options["adapter_inputs"] = projections.layers(tensors)
+            return rotary_self_attention(
+                tensors["x"], *layers, cos, sin, input_pos, mask, **options
+            )
 
-    def run(*values):
-        t, heads = dict(zip(keys, values, strict=True)), []
-        for name in "qkv":
-            out = F.linear(t["x"], t[f"weight {name}"], t.get(f"bias {name}"))
-            if f"a {name}" in t:
-                low = F.linear(t.get(f"seen {name}", t["x"]), t[f"a {name}"])
-                out = out + scale * F.linear(low, t[f"b {name}"])
-            split = out.unflatten(-1, (-1, D))
-            heads.append((split if name == "v" else rotated(split)).transpose(1, 2))
-        return attend(*heads, **options).transpose(1, 2).flatten(2)
+        return run
 
-    return run
+    return of
+
+
+@pytest.fixture
+def plain(projections, plain_rotation, exact_attention):
+    def of(keys, *rotation, interleaved, scale=1.0, **options):
+        def run(*values):
+            outputs = projections.plain(dict(zip(keys, values, strict=True)), scale)
+            q, k, v = (out.unflatten(-1, (-1, D)) for out in outputs)
+            q, k = (plain_rotation(t, *rotation, interleaved=interleaved) for t in (q, k))
+            out = exact_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+            return out.transpose(1, 2).flatten(2)
+
+        return run
+
+    return of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -78,13 +61,13 @@ def plain(keys, attend, cos, sin, input_pos=None, *, interleaved, scale=1.0, **o
     ids=["plain", "bias and adapters", "dropout"],
 )
 def test_output_and_gradients(
-    dtype, interleaved, input_pos, extra, obeys_the_rule, run_with_grads, exact_attention
+    dtype, interleaved, input_pos, extra, obeys_the_rule, run_with_grads, tensors_of, ours, plain
 ):
-    tensors = tensors_of(dtype, **extra)
+    tensors = tensors_of(dtype=dtype, **extra)
     arguments = *angles(), input_pos
     options = {"interleaved": interleaved, "scale": SCALE, "causal": True}
     grad, values = torch.randn(B, S, HEADS * D), list(tensors.values())
-    expected = plain(tensors, exact_attention, *arguments, **options)
+    expected = plain(tensors, *arguments, **options)
     obeys_the_rule(
         run_with_grads(ours(tensors, *arguments, **options), values, grad),
         run_with_grads(expected, values, grad),
@@ -104,11 +87,11 @@ def test_output_and_gradients(
     ],
     ids=str,
 )
-def test_what_is_hidden(hidden, run_with_grads, exact_attention):
-    tensors, tables = tensors_of(torch.float64), angles()
+def test_what_is_hidden(hidden, run_with_grads, tensors_of, ours, plain):
+    tensors, tables = tensors_of(dtype=torch.float64), angles()
     grad, values = torch.randn(B, S, HEADS * D), list(tensors.values())
     options = {"interleaved": True, **hidden}
-    truth = run_with_grads(plain(tensors, exact_attention, *tables, **options), values, grad)
+    truth = run_with_grads(plain(tensors, *tables, **options), values, grad)
     found = run_with_grads(ours(tensors, *tables, **options), values, grad)
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b)
@@ -118,19 +101,19 @@ def test_what_is_hidden(hidden, run_with_grads, exact_attention):
         assert all(map(torch.equal, again, found))
 
 
-def test_gradcheck():
-    tensors = tensors_of(torch.float64, bias=True, ranks=(2, 0, 1))
+def test_gradcheck(tensors_of, ours):
+    tensors = tensors_of(dtype=torch.float64, bias=True, ranks=(2, 0, 1))
     run = ours(tensors, *angles(), interleaved=False, causal=True)
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in tensors.values()])
 
 
 @pytest.mark.parametrize("trained", ["x", "weight k", "bias v", "a q", "b k", "seen v"])
-def test_only_the_gradients_asked_for(trained, exact_attention):
+def test_only_the_gradients_asked_for(trained, tensors_of, ours, plain):
     tensors = tensors_of(bias=True, ranks=(2, 2, 2), seen=True)
     tensors[trained].requires_grad_()
     tables, grad = angles(), torch.randn(B, S, HEADS * D)
     runs = (
-        plain(tensors, exact_attention, *tables, interleaved=True),
+        plain(tensors, *tables, interleaved=True),
         ours(tensors, *tables, interleaved=True),
     )
     expected, got = (
@@ -141,7 +124,7 @@ def test_only_the_gradients_asked_for(trained, exact_attention):
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["", "dropout"])
-def test_what_is_kept_is_the_tensor_that_was_passed(seen):
+def test_what_is_kept_is_the_tensor_that_was_passed(seen, tensors_of, ours):
     tensors = tensors_of(ranks=(2, 2, 2), seen=seen)
     for key, tensor in tensors.items():
         tensor.requires_grad_("weight" not in key)
@@ -169,7 +152,7 @@ def test_what_is_kept_is_the_tensor_that_was_passed(seen):
         ({"window": 0}, ValueError, "window must be at least 1"),
     ],
 )
-def test_bad_arguments(changes, error, message):
+def test_bad_arguments(changes, error, message, tensors_of, ours):
     tensors = tensors_of()
     options = {key: value for key, value in changes.items() if key not in tensors}
     tensors |= {key: value for key, value in changes.items() if key in tensors}
