@@ -1,6 +1,7 @@
 """What the benchmarks of this folder share: how time is measured on one GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -17,6 +18,15 @@ def milliseconds(run: Callable[[], object], calls: int = 1) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / calls
+
+
+def called_microseconds(runs: Sequence[Callable[[], object]]) -> float:
+    """Median time of a call by itself, its launches from the host included; ``runs`` take turns."""
+    turns = cycle(runs)
+    for _ in runs:
+        next(turns)()
+    torch.cuda.synchronize()
+    return median(milliseconds(next(turns)) for _ in range(REPLAYS)) * 1e3
 
 
 def captured_microseconds(run: Callable[[], object], launches: int = 1) -> float:
