@@ -8,11 +8,13 @@ against cuBLAS; the MLPs of Llama-3.2-1B and Llama-3.1-8B on 8192 tokens, forwar
 against torchtune's FeedForward under torch.compile and Liger's SwiGLU (where liger_kernel is
 installed); 8B's projections with LoRA of rank 16 on 4096 tokens. All in bf16 with random data. The
 contenders take turns of four calls, long enough to hide the launches, or of forty, long enough for
-the GPU to reach its power limit; a figure is the median of 12 turns.
+the GPU to reach its power limit, each turn in a new random order, as who comes before sets the
+clock that one starts at. A figure is the median of 24 turns, a ratio that of the ratios in a turn.
 """
 
 import argparse
 import copy
+import random
 from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
@@ -28,19 +30,24 @@ from torchtune_fused.kernels.timing import milliseconds
 from torchtune_fused.modules import FusedFeedForward
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 
-TURNS, CALLS = 12, 4
+TURNS, CALLS = 24, 4
 SIZES = {"1B": (2048, 8192), "8B": (4096, 14336)}  # dim, hidden
 KV_DIMS = {"1B": 512, "8B": 1024}
 
 
-def microseconds(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, float]:
-    """The median time of each, called in turns so that all see the same clocks."""
+def in_turns(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, list[float]]:
+    """The times of each, in microseconds, by turns."""
     times = {name: [] for name in contenders}
     for _ in range(TURNS + 2):
-        for name, run in contenders.items():
-            run()
-            times[name].append(milliseconds(run, calls) * 1e3)
-    return {name: median(values[2:]) for name, values in times.items()}
+        for name in random.sample(list(contenders), len(contenders)):
+            contenders[name]()
+            times[name].append(milliseconds(contenders[name], calls) * 1e3)
+    return {name: values[2:] for name, values in times.items()}
+
+
+def microseconds(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, float]:
+    """The median time of each."""
+    return {name: median(times) for name, times in in_turns(contenders, calls).items()}
 
 
 def report(case: str, time: float, what: str) -> None:
@@ -143,11 +150,11 @@ def compare(case: str, tokens: int, modules: dict[str, nn.Module], flops: tuple[
     }
     for (what, (contenders, mode)), work in zip(rounds.items(), flops, strict=True):
         with mode:
-            times = microseconds(contenders)
-        for name, time in times.items():
-            module = modules[name]
-            module.zero_grad(set_to_none=True)
-            ratio = time / times["ours"]
+            times = in_turns(contenders)
+        for name, turns in times.items():
+            modules[name].zero_grad(set_to_none=True)
+            time = median(turns)
+            ratio = median(its / ours for its, ours in zip(turns, times["ours"], strict=True))
             report(
                 f"{case} {what}: {name}", time, f"{work / time / 1e6:5.0f} TFLOP/s  {ratio:.3f}x"
             )
@@ -224,6 +231,7 @@ def main() -> None:
     if not load_kernels():
         raise SystemExit("the kernels are not usable; see `torchtune-fused doctor`")
     for name in chosen:
+        random.seed(0)
         torch.manual_seed(0)
         cases[name]()
 
