@@ -112,6 +112,11 @@ Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<
                       int64_t ignore_index, double softcap, double z_loss, bool backward);
 void scale_(Tensor x, const Tensor& factor);
 
+// optimizer/adamw.cpp
+void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+            std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
+            double beta2, double eps, double weight_decay, bool maximize);
+
 // sampling/sampling.cpp
 Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p);
@@ -151,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   using namespace torchtune_fused;
+  m.impl("adamw_", TORCH_BOX(&adamw_));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));

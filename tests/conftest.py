@@ -38,6 +38,21 @@ def plain_rotation():
     return rotate
 
 
+@pytest.fixture(scope="session")
+def adamw_step():
+    """A step of AdamW in fp64, Algorithm 2 of Loshchilov and Hutter: the parameter, its moments."""
+
+    def step(param, grad, m, v, number, *, lr, betas, eps, weight_decay, maximize=False):
+        beta1, beta2 = betas
+        param, m, v, grad = (t.double() for t in (param, m, v, -grad if maximize else grad))
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        direction = m / (1 - beta1**number) / ((v / (1 - beta2**number)).sqrt() + eps)
+        return param - lr * (direction + weight_decay * param), m, v
+
+    return step
+
+
 @pytest.hookimpl(trylast=True)  # after the hook of tests/gpu, which marks its tests
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

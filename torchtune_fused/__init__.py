@@ -17,6 +17,7 @@ _PUBLIC = {
     "load_model_config": "torchtune_fused.models",
     "load_model_weights_torchtune": "torchtune_fused.checkpoint",
     "generate": "torchtune_fused.generation",
+    "AdamW": "torchtune_fused.training.adamw",
     "MultiLayerPreceptron": "torchtune_fused.modules",
     "MultiLayerPerceptron": "torchtune_fused.modules",
     "OptimizedAttention": "torchtune_fused.modules",

@@ -12,6 +12,7 @@ import torch
 from torchtune_fused.build import load_kernels
 from torchtune_fused.ops import (
     AdaptedLinear,
+    adamw_,
     add_rms_norm,
     attention,
     attention_decode,
@@ -190,6 +191,20 @@ def products():
     torch.ops.torchtune_fused.weight_gradients(grads, normal(65, 1024))
 
 
+def optimizer():
+    # More tensors than a launch takes, of sizes that are no multiple of anything, in and out of
+    # line with 16 bytes.
+    sizes = [37 * i % 5000 for i in range(80)]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        lists = [
+            [torch.rand(n + i % 2, device=DEVICE).to(dtype)[i % 2 :] for i, n in enumerate(sizes)]
+            for _ in range(4)
+        ]
+        steps = [torch.ones((), device=DEVICE) for _ in sizes]
+        options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        adamw_(*lists, steps, **options)
+
+
 FAMILIES = {
     "decode": decode,
     "cached_attention": cached_attention,
@@ -200,6 +215,7 @@ FAMILIES = {
     "deterministic_attention": lambda: attentions(deterministic=True),
     "norms_and_rotations": norms_and_rotations,
     "products": products,
+    "optimizer": optimizer,
 }
 
 if __name__ == "__main__":

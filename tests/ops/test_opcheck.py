@@ -28,6 +28,11 @@ def head():
 
 
 CALLS = {
+    "adamw_": lambda: [
+        *([randn(5, 3), randn(2)] for _ in range(3)),
+        *([torch.rand(5, 3), torch.rand(2)], [torch.ones(()), torch.tensor(7.0)]),
+        *(0.1, 0.9, 0.99, 1e-8, 0.01, False),
+    ],
     "rms_norm": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, False],
     "rms_norm unit offset": lambda: [randn(2, 5, 8, grad=True), randn(8, grad=True), 1e-6, True],
     "rms_norm_backward": lambda: [

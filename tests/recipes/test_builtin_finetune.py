@@ -120,7 +120,7 @@ def losses(recipe: str, folder: Path, overrides: tuple[str, ...] = (), **config)
         ("lora_finetune_single_device", "lora_llama3_2", ADAPTERS, 1e-3),
     ],
 )
-def test_builtin_recipe_trains_the_same_with_two_lines_changed(
+def test_builtin_recipe_trains_the_same_with_three_lines_changed(
     recipe, builder, adapters, lr, smollm2, docstrings, tmp_path
 ):
     builder = f"torchtune.models.llama3_2.{builder}"
@@ -130,6 +130,7 @@ def test_builtin_recipe_trains_the_same_with_two_lines_changed(
         "model=torchtune_fused.fused_model",
         f"model.builder={builder}",
         "loss=torchtune_fused.modules.CEWithChunkedOutputLoss",
+        "optimizer=torchtune_fused.AdamW",
     )
     stock = losses(recipe, tmp_path / "stock", **config)
     fused = losses(recipe, tmp_path / "fused", fused_lines, **config)

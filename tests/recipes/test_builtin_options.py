@@ -127,6 +127,7 @@ def train(tiny_models, data, tmp_path, monkeypatch):
         component = {"_component_": BUILDERS[kind]}
         if fused:
             component = {"_component_": "torchtune_fused.fused_model", "builder": BUILDERS[kind]}
+            config.optimizer._component_ = "torchtune_fused.AdamW"
         config.model = {**component, **sizes, **(LORA if kind == "lora" else {})}
         for key, value in overrides.items():
             OmegaConf.update(config, key, value)

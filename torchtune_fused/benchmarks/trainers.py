@@ -10,6 +10,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from torchtune_fused import AdamW
 from torchtune_fused.benchmarks.contest import COMPILED, OURS, TORCHTUNE, System
 from torchtune_fused.benchmarks.setting import Setting, instantiate
 
@@ -36,7 +37,8 @@ def torchtune_trainers(setting: Setting, inputs: Inputs, labels: Tensor) -> dict
         if compiled:  # as `compile: True` does it in torchtune's recipes
             training.compile_model(model, verbose=False)
             loss = training.compile_loss(loss, verbose=False)
-        return _step(model, loss, inputs, labels)
+        optimizer = fused_adamw(model, AdamW if patch else torch.optim.AdamW)
+        return _step(model, loss, optimizer, inputs, labels)
 
     systems = [
         System(TORCHTUNE, build),
@@ -51,19 +53,24 @@ def shifted(tokens: Tensor, ignore_index: int = -100) -> Tensor:
     return F.pad(tokens[:, 1:], (0, 1), value=ignore_index)
 
 
-def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all systems, over what is trained."""
+def fused_adamw(
+    model: nn.Module, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.Optimizer:
+    """The optimizer of a system, over what is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    return kind(trained, lr=1e-5, fused=True)
 
 
 def _step(
-    model: TransformerDecoder, loss: nn.Module, inputs: Inputs, labels: Tensor
+    model: TransformerDecoder,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Inputs,
+    labels: Tensor,
 ) -> Callable[[], Tensor]:
     chunks = getattr(loss, "num_output_chunks", None)
     if chunks is not None:
         model.set_num_output_chunks(chunks)
-    optimizer = fused_adamw(model)
 
     def loss_of_step() -> Tensor:
         # The logits go when this returns: the backward pass needs their memory.

@@ -3,6 +3,7 @@
 Each has a reference in plain PyTorch, a fake for tracing and, where it makes sense, a gradient.
 """
 
+from torchtune_fused.ops.adamw import adamw_
 from torchtune_fused.ops.adapters import AdaptedLinear
 from torchtune_fused.ops.add_rms_norm import add_rms_norm
 from torchtune_fused.ops.attention import attention, fused_attention
@@ -29,6 +30,7 @@ from torchtune_fused.ops.tied_embedding import tied_embedding
 __all__ = [
     "AdaptedLinear",
     "MaskTiles",
+    "adamw_",
     "add_rms_norm",
     "attention",
     "attention_decode",

@@ -80,12 +80,19 @@ def _loading_kernels(reference: Callable) -> Callable:
     @functools.wraps(reference)
     def run(*args):
         nonlocal loaded
-        if not loaded and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+        if not loaded and _on_cuda(args):
             load_kernels()
             loaded = True
         return reference(*args)
 
     return run
+
+
+def _on_cuda(arg) -> bool:
+    """Whether an argument is a CUDA tensor, or several of which one is."""
+    if isinstance(arg, list | tuple):
+        return any(_on_cuda(each) for each in arg)
+    return isinstance(arg, Tensor) and arg.is_cuda
 
 
 def register_autograd(
