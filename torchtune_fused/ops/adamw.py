@@ -53,29 +53,35 @@ def adamw_(
         ValueError: if the lists are not equally long, or shapes, strides or devices don't fit.
     """
     op = "adamw_"
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists["steps"] = steps
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{op}: {name} must be {len(params)} tensors, got {len(tensors)}")
     if not params:
         return
     check_floating(op, "params", params[0])
-    for i, param in enumerate(params):
-        of_param = {"params": param} | {name: tensors[i] for name, tensors in lists.items()}
-        step = of_param.pop("steps")
-        for name, tensor in of_param.items():
-            check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", params[0])
-            if not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name}[{i}] must be contiguous")
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        _check_like(op, name, lists[name], params)
+    for i, step in enumerate(steps):
         check_device(op, f"steps[{i}]", step, "params[0]", params[0])
         if step.dtype != torch.float32 or step.numel() != 1:
             raise TypeError(
                 f"{op}: steps[{i}] must be one torch.float32, got {step.numel()} of {step.dtype}"
             )
-    lists = (list(tensors) for tensors in (params, *lists.values()))
-    torch.ops.torchtune_fused.adamw_(*lists, lr, *betas, eps, weight_decay, maximize)
+    torch.ops.torchtune_fused.adamw_(
+        *map(list, lists.values()), lr, *betas, eps, weight_decay, maximize
+    )
     if not is_traced():  # whoever has saved a parameter for a backward pass is to know
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
+
+
+def _check_like(op, name, tensors, params):
+    first = params[0]
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", first)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name}[{i}] must be contiguous")
 
 
 @define_op(

@@ -67,7 +67,7 @@ class AdamW(torch.optim.AdamW):
             if obstacle is None:
                 _step(group, *tensors, steps)
             else:
-                if tensors[0][0].is_cuda:
+                if any(param.is_cuda for param in lists[0]):
                     warnings.warn(f"AdamW steps with torch's kernel, as {obstacle}", stacklevel=4)
                 self._step_with_torch(group, *lists)
         return loss
@@ -83,26 +83,15 @@ class AdamW(torch.optim.AdamW):
         groups = [group | same for group in state_dict["param_groups"]]
         super().load_state_dict(state_dict | {"param_groups": groups})
 
-    def _obstacle(self, group, params, *others) -> str | None:
+    def _obstacle(self, group, *lists) -> str | None:
         """Why a group is not for the kernel; None if it is."""
         if group["amsgrad"]:
             return "amsgrad is set"
         if any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"])):
             return "the learning rate or a beta is a tensor"
-        if self._scaling() != (None, None):
+        if any(value is not None for value in self._scaling()):
             return "the gradients are scaled"
-        for param, *its in zip(params, *others, strict=True):
-            for tensor in (param, *its):
-                if getattr(tensor, "placements", None) != getattr(param, "placements", None):
-                    return "a gradient or its moments are not sharded as their parameter is"
-                local = _local(tensor)
-                if not is_plain_tensor(local):
-                    return f"a tensor is a {type(local).__name__}"
-                if local.dtype != param.dtype:
-                    return f"a gradient or its moments are {local.dtype} and not {param.dtype}"
-                if not local.is_contiguous():
-                    return "a tensor is not contiguous"
-        return None
+        return next(filter(None, map(_obstacle_of, zip(*lists, strict=True))), None)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What a ``GradScaler`` leaves here for the time of a step."""
@@ -121,12 +110,28 @@ class AdamW(torch.optim.AdamW):
         )
 
 
+def _obstacle_of(tensors) -> str | None:
+    """Why a parameter, its gradient and its moments are not for the kernel; None if they are."""
+    param = tensors[0]
+    if isinstance(param, DTensor):
+        if any(getattr(tensor, "placements", None) != param.placements for tensor in tensors):
+            return "a gradient or its moments are not sharded as their parameter is"
+        tensors = _local(tensors)
+    for tensor in tensors:
+        if not is_plain_tensor(tensor):
+            return f"a tensor is a {type(tensor).__name__}"
+        if tensor.dtype != param.dtype:
+            return f"a gradient or its moments are {tensor.dtype} and not {param.dtype}"
+        if not tensor.is_contiguous():
+            return "a tensor is not contiguous"
+    return None
+
+
 def _step(group, *lists) -> None:
-    """Step on each rank's part of the tensors, those of one kind together."""
+    """Step on this rank's part of the tensors, those of one kind together."""
     kinds = defaultdict(list)
     for tensors in zip(*lists, strict=True):
-        tensors = [_local(tensor) for tensor in tensors]
-        kinds[tensors[0].device, tensors[0].dtype].append(tensors)
+        kinds[tensors[0].device, tensors[0].dtype].append(_local(tensors))
     options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
     for tensors in kinds.values():
         *of_params, steps = zip(*tensors, strict=True)
@@ -134,5 +139,5 @@ def _step(group, *lists) -> None:
         adamw_(*of_params, steps, **options)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(tensors) -> list[Tensor]:
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
