@@ -41,6 +41,17 @@ struct Batch {
 };
 static_assert(sizeof(Batch<double>) <= 4096, "a kernel's parameters must fit into 4 KB");
 
+// Roots and quotients of fp32 to 2 units in the last place: the exact ones take a branch for what is
+// very small or large, and among 32 elements one often is.
+__device__ __forceinline__ double root(double x) { return sqrt(x); }
+__device__ __forceinline__ double quotient(double x, double y) { return x / y; }
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ float root(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The step of one element of a tensor.
 template <typename Acc>
 class Step {
@@ -56,8 +67,8 @@ class Step {
     const Acc p = param, g = grad;
     const Acc m = fma(batch_.grad_share, g, decayed(exp_avg, batch_.exp_avg_share));
     const Acc v = fma(batch_.exp_avg_sq_share * g, g, decayed(exp_avg_sq, batch_.exp_avg_sq_share));
-    const Acc ratio = m / fma(sqrt(v), root_scale_, batch_.eps);
-    param = static_cast<T>(p - fma(batch_.param_share, p, step_size_ * ratio));
+    const Acc direction = quotient(m, fma(root(v), root_scale_, batch_.eps));
+    param = static_cast<T>(p - fma(batch_.param_share, p, step_size_ * direction));
     exp_avg = static_cast<T>(m);
     exp_avg_sq = static_cast<T>(v);
   }

@@ -77,9 +77,8 @@ def adamw_(
 
 
 def _check_like(op, name, tensors, params):
-    first = params[0]
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", first)
+        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", params[0])
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name}[{i}] must be contiguous")
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from torchtune_fused.modules._plain import is_plain_tensor
 from torchtune_fused.ops import adamw_
 
 
@@ -91,7 +90,7 @@ class AdamW(torch.optim.AdamW):
             return "the learning rate or a beta is a tensor"
         if any(value is not None for value in self._scaling()):
             return "the gradients are scaled"
-        return next(filter(None, map(_obstacle_of, zip(*lists, strict=True))), None)
+        return _obstacle_of(*lists)
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """What a ``GradScaler`` leaves here for the time of a step."""
@@ -110,19 +109,19 @@ class AdamW(torch.optim.AdamW):
         )
 
 
-def _obstacle_of(tensors) -> str | None:
-    """Why a parameter, its gradient and its moments are not for the kernel; None if they are."""
-    param = tensors[0]
-    if isinstance(param, DTensor):
-        if any(getattr(tensor, "placements", None) != param.placements for tensor in tensors):
+def _obstacle_of(params, *others) -> str | None:
+    """Why parameters, their gradients and moments are not for the kernel; None if they are."""
+    # List by list, since this is done for every step.
+    dtypes, placements = [p.dtype for p in params], _placements(params)
+    for tensors in (params, *others):
+        if _placements(tensors) != placements:
             return "a gradient or its moments are not sharded as their parameter is"
         tensors = _local(tensors)
-    for tensor in tensors:
-        if not is_plain_tensor(tensor):
-            return f"a tensor is a {type(tensor).__name__}"
-        if tensor.dtype != param.dtype:
-            return f"a gradient or its moments are {tensor.dtype} and not {param.dtype}"
-        if not tensor.is_contiguous():
+        if strange := set(map(type, tensors)) - {Tensor, nn.Parameter}:
+            return f"a tensor is a {strange.pop().__name__}"
+        if [t.dtype for t in tensors] != dtypes:
+            return "gradients or moments have another dtype than their parameter"
+        if not all(map(Tensor.is_contiguous, tensors)):
             return "a tensor is not contiguous"
     return None
 
@@ -130,8 +129,8 @@ def _obstacle_of(tensors) -> str | None:
 def _step(group, *lists) -> None:
     """Step on this rank's part of the tensors, those of one kind together."""
     kinds = defaultdict(list)
-    for tensors in zip(*lists, strict=True):
-        kinds[tensors[0].device, tensors[0].dtype].append(_local(tensors))
+    for tensors in zip(*map(_local, lists), strict=True):
+        kinds[tensors[0].device, tensors[0].dtype].append(tensors)
     options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
     for tensors in kinds.values():
         *of_params, steps = zip(*tensors, strict=True)
@@ -139,5 +138,14 @@ def _step(group, *lists) -> None:
         adamw_(*of_params, steps, **options)
 
 
+def _placements(tensors) -> list | None:
+    """How tensors are sharded; None if none of them is."""
+    if DTensor not in map(type, tensors):
+        return None
+    return [t.placements if isinstance(t, DTensor) else None for t in tensors]
+
+
 def _local(tensors) -> list[Tensor]:
+    if DTensor not in map(type, tensors):
+        return tensors
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
