@@ -63,12 +63,7 @@ def adamw_(
     check_floating(op, "params", params[0])
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
         _check_like(op, name, lists[name], params)
-    for i, step in enumerate(steps):
-        check_device(op, f"steps[{i}]", step, "params[0]", params[0])
-        if step.dtype != torch.float32 or step.numel() != 1:
-            raise TypeError(
-                f"{op}: steps[{i}] must be one torch.float32, got {step.numel()} of {step.dtype}"
-            )
+    _check_steps(op, steps, params[0])
     torch.ops.torchtune_fused.adamw_(
         *map(list, lists.values()), lr, *betas, eps, weight_decay, maximize
     )
@@ -76,11 +71,31 @@ def adamw_(
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
+# Both look at a whole list at once, and at one tensor after another only to complain: a model has
+# hundreds of them, and steps often.
 def _check_like(op, name, tensors, params):
+    first = params[0]
+    if (
+        {(t.dtype, t.device) for t in tensors} == {(first.dtype, first.device)}
+        and [t.shape for t in tensors] == [p.shape for p in params]
+        and all(map(Tensor.is_contiguous, tensors))
+    ):
+        return
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", params[0])
+        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", first)
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name}[{i}] must be contiguous")
+
+
+def _check_steps(op, steps, param):
+    if {(s.dtype, s.numel(), s.device) for s in steps} == {(torch.float32, 1, param.device)}:
+        return
+    for i, step in enumerate(steps):
+        check_device(op, f"steps[{i}]", step, "params[0]", param)
+        if step.dtype != torch.float32 or step.numel() != 1:
+            raise TypeError(
+                f"{op}: steps[{i}] must be one torch.float32, got {step.numel()} of {step.dtype}"
+            )
 
 
 @define_op(
