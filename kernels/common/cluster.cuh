@@ -78,4 +78,19 @@ __device__ __forceinline__ void store_async(uint32_t shared, float2 v, uint32_t 
       : "memory");
 }
 
+__device__ __forceinline__ void store_async(uint32_t shared, int v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(
+                   shared),
+               "r"(v), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t shared, ulonglong2 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u64 [%0], {%1, %2}, [%3];" ::"r"(
+          shared),
+      "l"(v.x), "l"(v.y), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace torchtune_fused

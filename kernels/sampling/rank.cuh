@@ -34,12 +34,10 @@ __device__ __forceinline__ uint64_t mass_of(float distance, float inverse_temper
 }
 
 __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const uint64_t other = __shfl_xor_sync(~0u, value, offset);
-    value = other > value ? other : value;
-  }
-  return value;
+  const uint32_t high = static_cast<uint32_t>(value >> 32), low = static_cast<uint32_t>(value);
+  const uint32_t highest = __reduce_max_sync(~0u, high);
+  const uint32_t lowest = __reduce_max_sync(~0u, high == highest ? low : 0);
+  return static_cast<uint64_t>(highest) << 32 | lowest;
 }
 
 // The maxima over the block of each of kValues, in all threads.

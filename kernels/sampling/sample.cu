@@ -194,7 +194,7 @@ template <int kBlock>
 __device__ uint64_t best_candidate(const SampleParams& p, int n, float largest) {
   __shared__ SelectShared<kBlock> shared;
   const Candidate* candidates = p.candidates + static_cast<int64_t>(blockIdx.x) * p.vocab;
-  const uint64_t first = kept_from(
+  const uint64_t first = kept_from<kBlock, false>(
       p, n, [=](int i) { return candidates[i].rank; }, p.states[blockIdx.x].remaining, largest,
       shared);
   return best_from(first, candidates, n, shared);

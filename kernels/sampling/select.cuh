@@ -16,6 +16,10 @@ struct SelectShared {
   uint64_t members[32];  // of the range, if they are so few
 };
 
+// Few candidates lie in shared memory, and cost less than the instructions of an unrolled loop.
+template <bool kFew>
+constexpr int kUnroll = kFew ? 1 : 4;
+
 // Of few members, each sums what is ahead of it, and the last one with less than `target` ahead is
 // the answer. By whole warps.
 template <uint64_t kPrecision, typename Measure>
@@ -46,6 +50,7 @@ __device__ uint64_t select(int n, Rank rank_at, uint64_t target, SelectShared<kT
   uint64_t first = 0, last = ~0ull;
   while (true) {
     uint64_t extremes[2] = {};  // the largest rank, and the complement of the smallest
+#pragma unroll kUnroll<kFew>
     for (int i = threadIdx.x; i < n; i += kThreads) {
       const uint64_t rank = rank_at(i);
       if (rank < first || rank > last) continue;
@@ -59,6 +64,7 @@ __device__ uint64_t select(int n, Rank rank_at, uint64_t target, SelectShared<kT
 
     s.low[threadIdx.x] = s.high[threadIdx.x] = 0;
     __syncthreads();
+#pragma unroll kUnroll<kFew>
     for (int i = threadIdx.x; i < n; i += kThreads) {
       const uint64_t rank = rank_at(i);
       if (rank < first || rank > last) continue;
@@ -84,6 +90,7 @@ __device__ uint64_t select(int n, Rank rank_at, uint64_t target, SelectShared<kT
     if constexpr (kFew) {
       if (threadIdx.x == 0) s.num_members = 0;
       __syncthreads();
+#pragma unroll 1
       for (int i = threadIdx.x; i < n; i += kThreads) {
         const uint64_t rank = rank_at(i);
         if (rank < first || rank > last) continue;
@@ -106,6 +113,7 @@ __device__ uint64_t nucleus_from(const SampleParams& p, uint64_t first, int n, R
     return rank < first ? 0 : mass_of(largest - score_of(rank), p.inverse_temperature);
   };
   uint64_t sum = 0;
+#pragma unroll kUnroll<kFew>
   for (int i = threadIdx.x; i < n; i += kThreads) sum += mass(rank_at(i));
   const uint64_t target = mass_to_keep(block_scan<kThreads>(sum, s.of_warps[0]).total, p.top_p);
   return max(first, select<kThreads, 1, kFew>(n, rank_at, target, s, mass));
@@ -113,17 +121,17 @@ __device__ uint64_t nucleus_from(const SampleParams& p, uint64_t first, int n, R
 
 // The rank from which both filters keep candidates; `remaining` of their tokens or, without top-k,
 // of their mass are to be kept.
-template <int kThreads, typename Rank>
+template <int kThreads, bool kFew, typename Rank>
 __device__ uint64_t kept_from(const SampleParams& p, int n, Rank rank_at, uint64_t remaining,
                               float largest, SelectShared<kThreads>& s) {
   if (p.top_k == 0) {
-    return select<kThreads, 1, false>(n, rank_at, remaining, s, [&](uint64_t rank) {
+    return select<kThreads, 1, kFew>(n, rank_at, remaining, s, [&](uint64_t rank) {
       return mass_of(largest - score_of(rank), p.inverse_temperature);
     });
   }
-  const uint64_t kth = select<kThreads, 1ull << 32, false>(  // with its equals
+  const uint64_t kth = select<kThreads, 1ull << 32, kFew>(  // with its equals
       n, rank_at, remaining, s, [](uint64_t) -> uint64_t { return 1; });
-  return p.top_p < 1 ? nucleus_from<kThreads, false>(p, kth, n, rank_at, largest, s) : kth;
+  return p.top_p < 1 ? nucleus_from<kThreads, kFew>(p, kth, n, rank_at, largest, s) : kth;
 }
 
 // The best perturbed score of the candidates from a rank on.

@@ -3,10 +3,11 @@
 //   1. A bound that at least k tokens reach. Each warp sorts the maxima of its lanes; ceil(k / 32)
 //      of its tokens reach the one of that place. Warps form 32 groups, of which the best warp
 //      counts, so k tokens reach the smallest of the groups'.
-//   2. Each block lists its tokens that reach the bound, some 200 for k = 300, and sends them to
-//      the first block, with their perturbed scores, and counts in bins between bound and largest.
-//   3. The first block finds the bin in which the k-th lies. Tokens before it are kept, those
-//      within are compared with each other, and p counts among what k keeps.
+//   2. Each block lists its tokens that reach the bound, some 200 for k = 300. The lists go to the
+//      first block, with their perturbed scores.
+//   3. The first block takes the best score, and counts the larger logits. Are they k, neither that
+//      token is kept nor any with a smaller logit: it takes the best of the others, and so on. Each
+//      try halves, on average, what it may still fail on. For top-p it selects as in sample.cu.
 //
 // Neighbouring tokens are dealt out, 128 to a warp, so that any 4096 meet all groups: the lists
 // have room even if the logits descend with the index, or if all but a range of tokens are banned.
@@ -14,10 +15,7 @@
 // look for the best.
 //
 // The blocks meet three times, where launches would cost 3 us each.
-#include <cooperative_groups.h>
-
 #include <cfloat>
-#include <utility>
 
 #include "common/cluster.cuh"
 #include "common/launch.h"
@@ -28,8 +26,6 @@
 
 namespace torchtune_fused {
 namespace {
-
-namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
@@ -43,39 +39,22 @@ struct Bounds {
   uint32_t reached;  // of one that enough tokens reach
 };
 
-struct Listed {
-  float logit;
-  int token;
-};
-
 struct Shared {
   // Of each block.
-  Barrier of_warps_full;
+  Barrier of_warps_full, counts_full;
   RowNoise noise;
   Bounds of_warps[kBlocks * kWarps];
-  Listed list[kThreads];
+  int list[kThreads];   // tokens
   int listed;           // perhaps more than there is room for
   int counts[kBlocks];  // what all have listed
   uint64_t kept_from;   // if there was no room
   SelectShared<kThreads> select;
-  // Of the first block: what all send, by block, then what it makes of that.
-  Candidate inbox[kBlocks][kThreads];
-  uint32_t histogram[kThreads];
-  uint32_t rivals[kBlocks * kThreads];  // orders of the tokens in the bin of the k-th
-  Candidate kept[kBlocks * kThreads];
-  int num_rivals, num_kept;
-  uint64_t best_of_blocks[kBlocks];  // if there was no room
-};
-
-// The bins of the histogram, from the largest logit down to the bound.
-struct Bins {
-  uint32_t largest;
-  int shift;
-
-  __device__ Bins(uint32_t largest, uint32_t bound) : largest(largest) {
-    shift = 32 - __clz(static_cast<int>((largest - bound) / kThreads));
-  }
-  __device__ int of(uint32_t order) const { return static_cast<int>((largest - order) >> shift); }
+  // Of the first block.
+  Barrier inbox_full;
+  Candidate inbox[kBlocks * kThreads];  // what all have listed
+  uint32_t tried;                       // order of the logit with the best score
+  int larger;                           // logits than that
+  uint64_t best_of_blocks[kBlocks];     // if there was no room
 };
 
 // NaN if one is.
@@ -123,92 +102,95 @@ __device__ __forceinline__ Bounds bounds_of_row(const Bounds (&of_warps)[kBlocks
   return {__reduce_max_sync(~0u, of_group.largest), __reduce_min_sync(~0u, of_group.reached)};
 }
 
-// Lists the logits that are not below the bound: NaN never is.
+// Lists the tokens whose logits are not below the bound: NaN never is. By whole warps.
 template <int kQuads>
 __device__ __forceinline__ void list_from(float bound, const float (&logits)[kQuads][4],
                                           int first_token, Shared& s) {
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) count += !(logits[i][j] < bound);
-  }
-  if (count == 0) return;
-  int at = atomicAdd(&s.listed, count);
+  uint64_t reach = 0;  // a bit for each of this lane's tokens
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (logits[i][j] < bound) continue;
-      if (at < kThreads) s.list[at] = {logits[i][j], first_token + i * kStride + j};
-      ++at;
+      const uint64_t reaches = !(logits[i][j] < bound);
+      reach |= reaches << (4 * i + j);
     }
+  }
+  const int lane = threadIdx.x % 32, of_warp = __reduce_add_sync(~0u, __popcll(reach));
+  int end = 0;
+  if (lane == 0) end = atomicAdd(&s.listed, of_warp);
+  end = __shfl_sync(~0u, end, 0);
+  while (const uint32_t lanes = __ballot_sync(~0u, reach != 0)) {
+    const int at = end + __popc(lanes & ((1u << lane) - 1)), bit = __ffsll(reach) - 1;
+    if (reach != 0 && at < kThreads) s.list[at] = first_token + bit / 4 * kStride + bit % 4;
+    reach &= reach - 1;
+    end += __popc(lanes);
   }
 }
 
-// The best perturbed score of what is kept of the inbox. A thread takes a place of each block's
-// part.
-__device__ uint64_t best_of_inbox(const SampleParams& p, Shared& s, const Bins& bins) {
-  const auto for_each = [&](auto use) {
+// The best perturbed score of the k largest logits.
+__device__ uint64_t best_of_top_k(int top_k, int n, Shared& s) {
+  uint32_t orders[kBlocks] = {};  // of this thread's candidates
+  uint64_t drawn[kBlocks] = {};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (threadIdx.x < s.counts[block]) use(s.inbox[block][threadIdx.x]);
+  for (int i = 0; i < kBlocks; ++i) {
+    const int place = i * kThreads + static_cast<int>(threadIdx.x);
+    if (place >= n) break;
+    orders[i] = static_cast<uint32_t>(s.inbox[place].rank >> 32);
+    drawn[i] = s.inbox[place].drawn;
+  }
+  for (uint32_t discarded = 0;; discarded = s.tried) {  // these orders and all below
+    uint64_t best[1] = {};
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      if (orders[i] > discarded) best[0] = max(best[0], drawn[i]);
     }
-  };
-  const uint64_t in_bin[1] = {s.histogram[threadIdx.x]};
-  const Scan scan = block_scan<kThreads>(in_bin[0], s.select.of_warps[0]);
-  const Crossing at = find_crossing(in_bin, scan.before, p.top_k, &s.select.crossing);
-  const int last = at.bin < 0 ? kThreads : at.bin;
-  for_each([&](const Candidate& candidate) {
-    const uint32_t order = static_cast<uint32_t>(candidate.rank >> 32);
-    if (bins.of(order) == last) s.rivals[atomicAdd(&s.num_rivals, 1)] = order;
-  });
-  __syncthreads();
+    block_max<kThreads>(best, s.select.of_warps);
+    if (best[0] == 0) return 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      if (drawn[i] == best[0]) s.tried = orders[i], s.larger = 0;
+    }
+    __syncthreads();
+    int larger = 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) larger += orders[i] > s.tried;
+    larger = __reduce_add_sync(~0u, larger);
+    if (threadIdx.x % 32 == 0 && larger > 0) atomicAdd(&s.larger, larger);
+    __syncthreads();
+    if (s.larger < top_k) return best[0];
+  }
+}
 
-  uint64_t best[1] = {};
-  for_each([&](const Candidate& candidate) {
-    const uint32_t order = static_cast<uint32_t>(candidate.rank >> 32);
-    if (bins.of(order) > last) return;
-    if (bins.of(order) == last) {
-      int ahead = static_cast<int>(at.before);
-      for (int i = 0; i < s.num_rivals; ++i) ahead += s.rivals[i] > order;
-      if (ahead >= p.top_k) return;
-    }
-    if (p.top_p < 1) {
-      s.kept[atomicAdd(&s.num_kept, 1)] = candidate;
-    } else {
-      best[0] = max(best[0], candidate.drawn);
-    }
-  });
-  block_max<kThreads>(best, s.select.of_warps);
-  if (p.top_p == 1 || s.num_kept == 0) return best[0];
-  const uint64_t from = nucleus_from<kThreads, true>(
-      p, 0, s.num_kept, [&](int i) { return s.kept[i].rank; }, score_of_order(bins.largest),
-      s.select);
-  return best_from(from, s.kept, s.num_kept, s.select);
+// A step finds no instruction of this kernel in a cache: what is rarely called is out of line.
+
+// The best perturbed score of what both filters keep.
+__device__ __noinline__ uint64_t best_of_nucleus(const SampleParams& p, float largest, int n,
+                                                 Shared& s) {
+  const auto rank_at = [&](int i) { return s.inbox[i].rank; };
+  const uint64_t from = kept_from<kThreads, true>(p, n, rank_at, p.top_k, largest, s.select);
+  return best_from(from, s.inbox, n, s.select);
 }
 
 // The rank from which tokens of a row are kept that the lists have no room for; -inf ranks 0.
-__device__ uint64_t kept_of_row(const SampleParams& p, Shared& s, float largest) {
+__device__ __noinline__ uint64_t kept_of_row(const SampleParams& p, Shared& s, float largest) {
   const float* row = p.logits + static_cast<int64_t>(s.noise.row) * p.vocab;
   const auto rank_at = [&](int i) { return row[i] == -INFINITY ? 0 : rank_of(row[i], i); };
-  return kept_from(p, p.vocab, rank_at, p.top_k, largest, s.select);
+  return kept_from<kThreads, false>(p, p.vocab, rank_at, p.top_k, largest, s.select);
 }
 
 // The best perturbed score of a block's tokens from a rank on.
-template <int kQuads>
-__device__ uint64_t best_of_block(const SampleParams& p, Shared& s, uint64_t first, float largest,
-                                  const float (&logits)[kQuads][4], int first_token) {
+__device__ __noinline__ uint64_t best_of_block(const SampleParams& p, Shared& s, float largest,
+                                               int first_token) {
   uint64_t best[1] = {};
-#pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const int token = first_token + i * kStride;
+  for (int token = first_token; token < p.vocab; token += kStride) {
+    float logits[4];
+    load_quad(p, s.noise.row, token, logits);
     const uint4 random = s.noise.of_quad(token);
     const uint32_t bits[4] = {random.x, random.y, random.z, random.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (logits[i][j] == -INFINITY || rank_of(logits[i][j], token + j) < first) continue;
-      best[0] = max(best[0], drawn_rank(p, logits[i][j], largest, bits[j], token + j));
+      if (logits[j] == -INFINITY || rank_of(logits[j], token + j) < s.kept_from) continue;
+      best[0] = max(best[0], drawn_rank(p, logits[j], largest, bits[j], token + j));
     }
   }
   block_max<kThreads>(best, s.select.of_warps);
@@ -222,20 +204,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   launch_dependents();
   extern __shared__ __align__(16) unsigned char bytes[];
   Shared& s = *reinterpret_cast<Shared*>(bytes);
-  const cg::cluster_group cluster = cg::this_cluster();
-  Shared& first = *cluster.map_shared_rank(&s, 0);
   const int block = static_cast<int>(blockIdx.x), row = static_cast<int>(blockIdx.y);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 * kBlocks + block;  // of the cluster's
-  s.histogram[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
-    s.listed = s.num_rivals = s.num_kept = 0;
+    s.listed = 0;
     init(s.of_warps_full, 1);
+    init(s.counts_full, 1);
+    init(s.inbox_full, 1);
     fence_init();
   }
   // It costs nothing ahead of the grid's end, and racecheck reports none of the stores above.
   __syncthreads();
-  if (threadIdx.x == 0) arrive_and_expect(s.of_warps_full, sizeof(s.of_warps));
-  cg::cluster_group::arrival_token started = cluster.barrier_arrive();
+  if (threadIdx.x == 0) {
+    arrive_and_expect(s.of_warps_full, sizeof(s.of_warps));
+    arrive_and_expect(s.counts_full, sizeof(s.counts));
+  }
+  cluster_arrive();
   wait_for_grid();
 
   const int first_token = 4 * (warp * 32 + lane);
@@ -244,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < kQuads; ++i) load_quad(p, row, first_token + i * kStride, logits[i]);
   if (threadIdx.x == 0) s.noise = RowNoise(p, row);
   const Bounds of_warp = bounds_of_warp(logits, p.top_k);
-  cluster.barrier_wait(std::move(started));
+  cluster_wait();
   if (lane < kBlocks) {
     store_async(in_block(shared_address(&s.of_warps[warp]), lane),
                 float2{__uint_as_float(of_warp.largest), __uint_as_float(of_warp.reached)},
@@ -255,39 +239,56 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Bounds bounds = bounds_of_row(s.of_warps);
   const float largest = score_of_order(bounds.largest);
   const float bound = fmaxf(score_of_order(bounds.reached), -FLT_MAX);  // above -inf, and no NaN
-  const Bins bins(bounds.largest, order_of(bound));
   list_from(bound, logits, first_token, s);
   __syncthreads();
-  if (threadIdx.x < s.listed) {
-    const auto [logit, token] = s.list[threadIdx.x];
-    atomicAdd(&first.histogram[bins.of(order_of(logit))], 1u);
-    first.inbox[block][threadIdx.x] = {
-        rank_of(logit, token), drawn_rank(p, logit, largest, s.noise.of_token(token), token)};
+  const int listed = s.listed;
+  if (threadIdx.x < kBlocks) {
+    store_async(in_block(shared_address(&s.counts[block]), threadIdx.x), listed,
+                in_block(shared_address(&s.counts_full), threadIdx.x));
   }
-  if (threadIdx.x < kBlocks) cluster.map_shared_rank(s.counts, threadIdx.x)[block] = s.listed;
-  cluster.sync();
-
+  ulonglong2 candidate = {};
+  if (threadIdx.x < listed) {
+    const int token = s.list[threadIdx.x];
+    const float logit = p.logits[static_cast<int64_t>(row) * p.vocab + token];
+    candidate = {rank_of(logit, token),
+                 drawn_rank(p, logit, largest, s.noise.of_token(token), token)};
+  }
+  wait(s.counts_full, 0);
   bool fits = true;
-  for (const int count : s.counts) fits = fits && count <= kThreads;
+  int before = 0, all = 0;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    fits = fits && s.counts[i] <= kThreads;
+    before += i < block ? s.counts[i] : 0;
+    all += s.counts[i];
+  }
+
   uint64_t best = 0;
   if (fits) {
+    if (threadIdx.x < listed) {
+      store_async(in_block(shared_address(&s.inbox[before + threadIdx.x]), 0), candidate,
+                  in_block(shared_address(&s.inbox_full), 0));
+    }
     if (block != 0) return;
-    best = best_of_inbox(p, s, bins);
+    const int bytes_sent = all * static_cast<int>(sizeof(Candidate));
+    if (threadIdx.x == 0) arrive_and_expect(s.inbox_full, bytes_sent);
+    wait(s.inbox_full, 0);
+    best = p.top_p < 1 ? best_of_nucleus(p, largest, all, s) : best_of_top_k(p.top_k, all, s);
   } else {
     if (block == 0) {
       const uint64_t from = kept_of_row(p, s, largest);
-      if (threadIdx.x < kBlocks) cluster.map_shared_rank(&s, threadIdx.x)->kept_from = from;
+      if (threadIdx.x < kBlocks) *in_block(&s.kept_from, threadIdx.x) = from;
     }
-    cluster.sync();
-    best = best_of_block(p, s, s.kept_from, largest, logits, first_token);
-    if (threadIdx.x == 0) first.best_of_blocks[block] = best;
-    cluster.sync();
+    sync_cluster();
+    best = best_of_block(p, s, largest, first_token);
+    if (threadIdx.x == 0) *in_block(&s.best_of_blocks[block], 0) = best;
+    sync_cluster();
     if (block != 0) return;
     for (const uint64_t other : s.best_of_blocks) best = max(best, other);
   }
   if (threadIdx.x != 0) return;
   p.tokens[row] = best == 0 ? 0 : token_of(best);  // 0: nothing but -inf
-  if (p.rows == 1) p.rng_state[1] += 1;
+  if (p.rows == 1) p.rng_state[1] = static_cast<int64_t>(s.noise.offset + 1);
 }
 
 // Once all rows have drawn.
