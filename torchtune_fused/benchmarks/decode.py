@@ -1,6 +1,8 @@
 """Section decode: tokens per second after a prompt."""
 
 from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -9,6 +11,8 @@ from torchtune_fused.benchmarks.contest import Contest
 from torchtune_fused.benchmarks.generators import generators
 from torchtune_fused.benchmarks.setting import Setting, count
 from torchtune_fused.recipe_timing import seconds_of
+
+_ROUND_SECONDS = 0.5  # at least, of each system
 
 
 def decode(setting: Setting) -> Iterator[Contest]:
@@ -19,8 +23,12 @@ def decode(setting: Setting) -> Iterator[Contest]:
         raise ValueError("decode.new_tokens must be at least 2: the first one is the prefill's")
 
     def step_seconds(run: Callable[[int], None]) -> float:
-        whole, first = (seconds_of(lambda n=n: run(n)) for n in (new, 1))
-        return (whole - first) / (new - 1)
+        steps = []  # a prefill may take longer by some steps than another: so of several pairs
+        until = perf_counter() + _ROUND_SECONDS
+        while not steps or perf_counter() < until:
+            whole, first = (seconds_of(lambda n=n: run(n)) for n in (new, 1))
+            steps.append((whole - first) / (new - 1))
+        return median(steps)
 
     for batch_size, prompt_len in setting.shapes("decode"):
         yield Contest(

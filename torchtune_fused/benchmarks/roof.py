@@ -37,8 +37,10 @@ class Roofline:
     def roof(self, moved_bytes: float | None, flops: float | None) -> Roof | None:
         """The roof of work that is bound by its bytes or its FLOPs; None if neither is given."""
         if moved_bytes is not None:
-            rate = self.bandwidth
-            why = f"{moved_bytes / 1e9:.3g} GB at {rate / 1e9:.4g} GB/s, a long copy's or sum's"
+            rates = self.bandwidths
+            rate = max(rates.values())
+            each = ", ".join(f"{what} {rate / 1e9:.4g}" for what, rate in rates.items())
+            why = f"{moved_bytes / 1e9:.3g} GB at the better of {each} GB/s"
             return Roof(moved_bytes / rate, why)
         if flops is not None:
             rate, n = self.gemm_rate, self._matrix_size
@@ -49,14 +51,14 @@ class Roofline:
         return None
 
     @cached_property
-    def bandwidth(self) -> float:
-        """Bytes per second, read and written, of a copy or a sum of more than any cache holds."""
+    def bandwidths(self) -> dict[str, float]:
+        """Bytes per second, read and written, of a copy and a sum of more than any cache holds."""
         size = 2**31 if self.device.type == "cuda" else 2**28
         source = torch.ones(size // 4, device=self.device)
         target = torch.empty_like(source)
         copied = _least_seconds(lambda: target.copy_(source))
         summed = _least_seconds(source.sum)
-        return size / min(copied / 2, summed)
+        return {"a long copy's": 2 * size / copied, "a long sum's": size / summed}
 
     @cached_property
     def gemm_rate(self) -> float:
