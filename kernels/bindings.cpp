@@ -49,6 +49,7 @@ Tensor attention_prefill(const Tensor& q, const Tensor& k_cache, const Tensor& v
 std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask);
 
 // decode/decode.cpp
+void decode_embed_(Tensor out, const Tensor& ids, const Tensor& weight);
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual,
                      const std::optional<Tensor>& norm_weight, double eps, bool fp32_out);
@@ -162,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchtune_fused, CUDA, m) {
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("attention_prefill", TORCH_BOX(&attention_prefill));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+  m.impl("decode_embed_", TORCH_BOX(&decode_embed_));
   m.impl("decode_linear", TORCH_BOX(&decode_linear));
   m.impl("decode_attend", TORCH_BOX(&decode_attend));
   m.impl("decode_gated", TORCH_BOX(&decode_gated));

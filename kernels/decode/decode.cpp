@@ -64,6 +64,28 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
 
 }  // namespace
 
+void decode_embed_(Tensor out, const Tensor& ids, const Tensor& weight) {
+  const LaunchContext context(weight);
+  half_dtype(weight, "weight");
+  check_operand(weight, "weight", weight, {-1, -1});
+  const int64_t dim = weight.size(1);
+  TTF_CHECK(dim % 8 == 0, "the rows of weight must be a multiple of 8, got ", dim);
+  check_device(ids, "ids", weight);
+  check_dtype(ids, "ids", ScalarType::Long);
+  check_contiguous(ids, "ids");
+  const int64_t tokens = ids.numel();
+  TTF_CHECK(tokens <= kMaxTokens, "decoding takes at most ", kMaxTokens, " tokens a step, got ",
+            tokens);
+  check_operand(out, "out", weight, {tokens, dim});
+  launch_decode_embed({.ids = static_cast<const int64_t*>(ids.const_data_ptr()),
+                       .weight = weight.const_data_ptr(),
+                       .out = out.mutable_data_ptr(),
+                       .vocab = weight.size(0),
+                       .pieces = dim / 8,
+                       .tokens = static_cast<int>(tokens)},
+                      context.stream());
+}
+
 Tensor decode_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& residual,
                      const std::optional<Tensor>& norm_weight, double eps, bool fp32_out) {

@@ -46,6 +46,15 @@ bool tokens_need_scratch(const TokensParams& params);
 // scratch[t] = RMSNorm(x[t]) * norm_weight
 void launch_normalize_tokens(const TokensParams& params, cudaStream_t stream);
 
+// out[t] = weight[ids[t]]
+struct DecodeEmbedParams {
+  const int64_t* ids;  // [tokens]
+  const void* weight;  // [vocab, pieces of 16 bytes]
+  void* out;           // [tokens, pieces]
+  int64_t vocab, pieces;
+  int tokens;
+};
+
 // out[t, n] = x[t] . weight[n] (+ bias[n]) (+ residual[t, n])
 struct DecodeLinearParams {
   TokensParams in;
@@ -110,6 +119,7 @@ struct DecodeAttendParams {
   DType dtype;
 };
 
+void launch_decode_embed(const DecodeEmbedParams& params, cudaStream_t stream);
 void launch_decode_attend(const DecodeAttendParams& params, cudaStream_t stream);
 void launch_decode_linear(const DecodeLinearParams& params, cudaStream_t stream);
 void launch_decode_gated(const DecodeGatedParams& params, cudaStream_t stream);

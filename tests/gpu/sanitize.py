@@ -17,6 +17,7 @@ from torchtune_fused.ops import (
     attention,
     attention_decode,
     decode_attend,
+    decode_embed_,
     decode_gated,
     decode_linear,
     decode_qkv,
@@ -58,6 +59,7 @@ def decode():
         decode_linear(x, matrix, normal(n), residual=normal(tokens, 1, n), norm_weight=scale)
         decode_linear(x, matrix, fp32_out=True)
         decode_gated(x, matrix, normal(n, k), norm_weight=scale)
+        decode_embed_(normal(tokens, k), torch.randint(n, (tokens,), device=DEVICE), matrix)
     tables = torch.rand(32, 8, device=DEVICE), torch.rand(32, 8, device=DEVICE)
     for interleaved, norms in [(True, None), (False, (normal(16), normal(16)))]:
         caches = [normal(2, 2, 9, 16) for _ in range(2)]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torchtune.generation import generate as torchtune_generate
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
+from torchtune.modules import TiedLinear
 from torchtune.modules.common_utils import delete_kv_caches
 
 from torchtune_fused import generate, patch_model, unpatch_model
@@ -22,9 +24,20 @@ SIZES = {
     "intermediate_dim": 1024,
     "max_seq_len": 256,
 }
+
+
+def with_scaled_embedding():
+    """An embedding that is more than a table, as Gemma has it."""
+    model = llama3_2(**SIZES)
+    model.tok_embeddings = GemmaNormEmbeddings(SIZES["vocab_size"], SIZES["embed_dim"])
+    model.output = TiedLinear(model.tok_embeddings)
+    return model
+
+
 BUILDERS = {
     "llama": lambda: llama3_2(**SIZES),
     "qwen2": lambda: qwen2(**SIZES, tie_word_embeddings=False),
+    "scaled embedding": with_scaled_embedding,
 }
 
 
@@ -64,7 +77,7 @@ def logits_of_steps(model, tokens, steps, captured):
             if captured:
                 found.append(model(token, mask=mask, input_pos=position))
             else:
-                found.append(step(token, mask, position))
+                found.append(step(model.tok_embeddings(token), mask, position))
     delete_kv_caches(model)
     return torch.stack(found)
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from torchtune_fused.ops import attention_decode, rope
 from torchtune_fused.ops.decode_attend import decode_attend
+from torchtune_fused.ops.decode_embed import decode_embed_
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -16,6 +17,17 @@ OPS = torch.ops.torchtune_fused
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def test_embed():
+    out, ids, weight = torch.empty(3, 24), torch.randint(10, (3,)), torch.randn(10, 24)
+    decode_embed_(out, ids, weight)
+    assert torch.equal(out, weight[ids])
+    torch.library.opcheck(OPS.decode_embed_.default, (out, ids, weight))
+    with pytest.raises(TypeError, match="ids must be int64"):
+        decode_embed_(out, ids.int(), weight)
+    with pytest.raises(ValueError, match="out must have shape"):
+        decode_embed_(out[:2], ids, weight)
 
 
 def test_linear():

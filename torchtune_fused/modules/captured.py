@@ -42,10 +42,21 @@ class CapturedCall:
             if self._graph is None:
                 self._capture(inputs)
             for static, x in zip(self._inputs, inputs, strict=True):
-                if static is not None:
+                if static is not None and static is not x:
                     static.copy_(x)
             self._graph.replay()
         return self._output
+
+    def own_input(self, place: int) -> Tensor | None:
+        """The graph's own memory of an input, to write the next one into and pass it to the call.
+
+        Args:
+            place (int): Which input.
+
+        Returns:
+            Tensor | None: None if that input is, or if nothing has been captured yet.
+        """
+        return None if self._graph is None else self._inputs[place]
 
     def _capture(self, inputs: tuple[Tensor | None, ...]) -> None:
         # A call in inference mode may be followed by one outside, which must write to these too.

@@ -20,7 +20,7 @@ from torchtune_fused.ops import decode_attend, decode_gated, decode_linear, deco
 
 
 class DecodeStep:
-    """A decoder for up to 16 tokens, with KV caches, without gradients.
+    """All of a decoder but its embedding for up to 16 tokens, with KV caches, without gradients.
 
     The modules themselves are not called: their weights go to ops that fuse across them (norm with
     projection, projection with residual). :meth:`obstacle` says why a decoder can't be run so.
@@ -53,12 +53,11 @@ class DecodeStep:
                 return f"layers.{name}.{what}"
         return None
 
-    def __call__(self, x: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
-        """Run all that the decoder has, and advance its KV caches.
+    def __call__(self, h: Tensor, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        """Run the layers and, if the decoder has it, the head; advance the KV caches.
 
         Args:
-            x (Tensor): Tokens ``[b, s]`` or, for a decoder without embedding, the hidden state
-                ``[b, s, embed_dim]``.
+            h (Tensor): Hidden state before the first layer ``[b, s, embed_dim]``.
             mask (Tensor | None): bool ``[b or 1, s, cache length]``; None is causal by slot.
             input_pos (Tensor | None): Positions ``[s]`` or ``[b, s]``; None: each token's slot.
 
@@ -66,17 +65,30 @@ class DecodeStep:
             Tensor: fp32 logits ``[b, s, vocab_size]`` or, for a decoder without a head, the hidden
             state after the last layer.
         """
-        decoder = self._decoder
+        decoder, new = self._decoder, h.shape[1]
         if input_pos is not None:
             input_pos = input_pos.long()  # torchtune counts the positions of padded rows in int32
-        h = x if decoder.tok_embeddings is None else decoder.tok_embeddings(x)
         for layer in decoder.layers:
             h = _run_layer(layer, h, mask, input_pos, self._rope[layer.attn.pos_embeddings])
+        advanced = self._advance_caches(new)
         out = h if decoder.norm is None else self._unembed(h)
-        # Last: between kernels that overlap, it would keep the head from reading its weights ahead.
-        positions = [layer.attn.kv_cache.cache_pos for layer in decoder.layers]
-        torch._foreach_add_(positions, x.shape[1])
+        if advanced is not None:
+            advanced.wait()
         return out
+
+    def _advance_caches(self, new: int) -> torch.cuda.Event | None:
+        """Count the new tokens in; on a GPU beside what is queued next, up to the event."""
+        positions = [layer.attn.kv_cache.cache_pos for layer in self._decoder.layers]
+        device = positions[0].device
+        if device.type != "cuda":
+            torch._foreach_add_(positions, new)
+            return None
+        # Between kernels that overlap, or behind the last, it would cost 2 µs of every step.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            torch._foreach_add_(positions, new)
+        return side.record_event()
 
     def _unembed(self, h: Tensor) -> Tensor:
         norm, output = self._decoder.norm, self._decoder.output

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
+from torchtune_fused.modules._plain import is_plain
 from torchtune_fused.modules.captured import CapturedCall
 from torchtune_fused.modules.decode_step import DecodeStep
+from torchtune_fused.ops import decode_embed_
 from torchtune_fused.ops.decode_linear import MAX_DECODE_TOKENS
 
 
@@ -57,6 +59,8 @@ class StepRunner:
         self._count(decoder, x.shape[1])
         key = tuple(None if t is None else (t.shape, t.dtype) for t in (x, mask, input_pos))
         call = self._calls.setdefault(key, CapturedCall(self._step))
+        if decoder.tok_embeddings is not None:
+            x = _embed(decoder.tok_embeddings, x, call.own_input(0))
         return call(x, mask, input_pos)
 
     def forget_length(self) -> None:
@@ -96,6 +100,18 @@ class StepRunner:
 
     def __reduce__(self) -> tuple:
         return (StepRunner, ())
+
+
+def _embed(embedding: nn.Module, tokens: Tensor, out: Tensor | None) -> Tensor:
+    """The embedding of tokens, in ``out`` if there is one and the embedding is just a table.
+
+    A graph that began with the tokens would have them copied there first, and look them up in a
+    kernel that no other overlaps.
+    """
+    if out is None or not is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return embedding(tokens)
+    decode_embed_(out.flatten(0, 1), tokens.flatten().long(), embedding.weight)
+    return out
 
 
 def _step_of(decoder: TransformerDecoder) -> Callable[..., Tensor] | None:

@@ -10,6 +10,7 @@ from torchtune_fused.ops.attention import attention, fused_attention
 from torchtune_fused.ops.attention_decode import attention_decode
 from torchtune_fused.ops.attention_mask import MaskTiles, document_bounds, mask_tiles
 from torchtune_fused.ops.decode_attend import decode_attend
+from torchtune_fused.ops.decode_embed import decode_embed_
 from torchtune_fused.ops.decode_gated import decode_gated
 from torchtune_fused.ops.decode_linear import decode_linear
 from torchtune_fused.ops.decode_qkv import decode_qkv
@@ -35,6 +36,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "decode_attend",
+    "decode_embed_",
     "decode_gated",
     "decode_linear",
     "decode_qkv",
