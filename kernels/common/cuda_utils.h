@@ -44,6 +44,7 @@ struct DeviceProperties {
   int arch;  // major * 10 + minor of the code path to take: 80, 86, 89, 90, ...
   int num_sms;
   int max_shared_per_block;  // bytes, with the opt-in of cudaFuncSetAttribute
+  int l2_bytes;
 };
 
 // Properties of the current device, read once per device. A build for one forced architecture
@@ -67,6 +68,7 @@ inline const DeviceProperties& device_properties() {
     p.arch = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
     p.num_sms = read(cudaDevAttrMultiProcessorCount);
     p.max_shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    p.l2_bytes = read(cudaDevAttrL2CacheSize);
 #ifdef TTF_FORCED_ARCH
     p.arch = TTF_FORCED_ARCH;
     const int limit = (p.arch == 80 ? 163 : p.arch == 90 ? 227 : 99) * 1024;

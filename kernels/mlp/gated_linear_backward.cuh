@@ -24,7 +24,8 @@ struct GatedLinearBackwardMaps {
 
 struct GatedLinearBackwardShape {
   int rows, n, k;
-  int rank;  // of the adapter; 0: none
+  int rank;        // of the adapter; 0: none
+  bool keep_grad;  // in L2: every column of tiles reads it, and so do the kernels that follow
   const void *gate, *up;
   void *hidden, *grad_gate, *grad_up;  // hidden may be null: not wanted
   Activation activation;
@@ -106,6 +107,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
   if (warp < 4) {
     give_up_registers<kBackwardFinishingRegisters>();
     if (warp == 0) {
+      const uint64_t evict_last = evict_last_policy();
       for (int tile = cluster; lane == 0 && tile < order.size(); tile += clusters) {
         order.at(tile, row_pair, column);
         for (int step = 0; step < steps; ++step, ring.advance()) {
@@ -113,8 +115,13 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kProductThreads, 1)
           const int depth = (wide ? step : step - wide_steps) * kDepth;
           wait(ring.empty(), ring.parity ^ 1);
           arrive_and_expect(ring.full(), kStageBytes);
-          load_tile(ring.first(), wide ? &maps.grad : &maps.grad_low, ring.full(), depth,
-                    (2 * row_pair + rank) * kRows);
+          const CUtensorMap* grad = wide ? &maps.grad : &maps.grad_low;
+          const int row = (2 * row_pair + rank) * kRows;
+          if (shape.keep_grad) {
+            load_tile(ring.first(), grad, ring.full(), depth, row, evict_last);
+          } else {
+            load_tile(ring.first(), grad, ring.full(), depth, row);
+          }
           for (int box = 2 * rank; box < 2 * rank + 2; ++box) {
             load_tile_multicast(ring.second() + box * kBoxBytes, wide ? &maps.down : &maps.low_down,
                                 ring.full(), column * kWidth + 64 * box, depth, 0b11);

@@ -9,6 +9,7 @@ namespace {
 template <typename T>
 void launch(const GatedLinearBackwardParams& p, cudaStream_t stream) {
   const bool low = p.grad_low != nullptr;
+  const int64_t grad_bytes = 2 * int64_t{p.rows} * p.k, l2_bytes = device_properties().l2_bytes;
   const GatedLinearBackwardMaps maps = {
       .grad = matrix_map(p.grad, p.rows, p.k, kRows, p.dtype),
       .grad_low = matrix_map(low ? p.grad_low : p.grad, p.rows, low ? p.rank : p.k, kRows, p.dtype),
@@ -20,6 +21,7 @@ void launch(const GatedLinearBackwardParams& p, cudaStream_t stream) {
                   .n = p.n,
                   .k = p.k,
                   .rank = low ? p.rank : 0,
+                  .keep_grad = 3 * grad_bytes <= 2 * l2_bytes,
                   .gate = p.gate,
                   .up = p.up,
                   .hidden = p.hidden,

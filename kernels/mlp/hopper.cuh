@@ -23,6 +23,22 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const CUtensorMap* ma
       : "memory");
 }
 
+// The same; `policy` says how long L2 keeps the tile.
+__device__ __forceinline__ void load_tile(uint32_t shared, const CUtensorMap* map, Barrier& barrier,
+                                          int column, int row, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // To the same place in every block of `blocks`, a bit mask, where the barrier at the place of this
 // one counts the bytes.
 __device__ __forceinline__ void load_tile_multicast(uint32_t shared, const CUtensorMap* map,
