@@ -65,7 +65,8 @@ def main(cfg: DictConfig) -> str | None:
     temperature, top_k
                    how decode and prefill sample
     loss           a component: what torchtune-fused trains with; torchtune trains with its
-                   CEWithChunkedOutputLoss, Liger with its fused one
+                   CEWithChunkedOutputLoss, Liger with its fused one. The optimizer is AdamW:
+                   torchtune-fused's own, and torch's fused one for the others
     output         a JSON file to write with every round's seconds and what they depend on, and
                    beside it a PNG plot (pip install 'torchtune-fused[plot]'); or null
     """
