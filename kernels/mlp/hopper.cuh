@@ -33,12 +33,6 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const CUtensorMap* ma
       : "memory");
 }
 
-__device__ __forceinline__ uint64_t evict_last_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 // To the same place in every block of `blocks`, a bit mask, where the barrier at the place of this
 // one counts the bytes.
 __device__ __forceinline__ void load_tile_multicast(uint32_t shared, const CUtensorMap* map,
