@@ -26,7 +26,7 @@ from torchtune.modules.peft import LoRALinear
 
 from torchtune_fused import patch_model
 from torchtune_fused.build import load_kernels
-from torchtune_fused.kernels.timing import milliseconds
+from torchtune_fused.kernels.timing import in_turns
 from torchtune_fused.modules import FusedFeedForward
 from torchtune_fused.ops.gated_activation import gated_activation, gated_activation_backward
 
@@ -35,19 +35,10 @@ SIZES = {"1B": (2048, 8192), "8B": (4096, 14336)}  # dim, hidden
 KV_DIMS = {"1B": 512, "8B": 1024}
 
 
-def in_turns(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, list[float]]:
-    """The times of each, in microseconds, by turns."""
-    times = {name: [] for name in contenders}
-    for _ in range(TURNS + 2):
-        for name in random.sample(list(contenders), len(contenders)):
-            contenders[name]()
-            times[name].append(milliseconds(contenders[name], calls) * 1e3)
-    return {name: values[2:] for name, values in times.items()}
-
-
 def microseconds(contenders: dict[str, Callable], calls: int = CALLS) -> dict[str, float]:
     """The median time of each."""
-    return {name: median(times) for name, times in in_turns(contenders, calls).items()}
+    times = in_turns(contenders, TURNS, calls)
+    return {name: median(turns) * 1e3 for name, turns in times.items()}
 
 
 def report(case: str, time: float, what: str) -> None:
@@ -150,10 +141,10 @@ def compare(case: str, tokens: int, modules: dict[str, nn.Module], flops: tuple[
     }
     for (what, (contenders, mode)), work in zip(rounds.items(), flops, strict=True):
         with mode:
-            times = in_turns(contenders)
+            times = in_turns(contenders, TURNS, CALLS)
         for name, turns in times.items():
             modules[name].zero_grad(set_to_none=True)
-            time = median(turns)
+            time = median(turns) * 1e3
             ratio = median(its / ours for its, ours in zip(turns, times["ours"], strict=True))
             report(
                 f"{case} {what}: {name}", time, f"{work / time / 1e6:5.0f} TFLOP/s  {ratio:.3f}x"

@@ -9,6 +9,7 @@ moments, and writes all but the gradient.
 """
 
 import argparse
+import random
 from statistics import median
 
 import torch
@@ -16,9 +17,9 @@ from torch import nn
 
 from torchtune_fused import AdamW
 from torchtune_fused.build import load_kernels
-from torchtune_fused.kernels.timing import milliseconds
+from torchtune_fused.kernels.timing import in_turns
 
-RUNS, STEPS = 20, 4
+TURNS, CALLS = 20, 4
 DIM, KV_DIM, HIDDEN, VOCAB = 2048, 512, 8192, 128256
 LAYER = [(DIM, DIM), (KV_DIM, DIM), (KV_DIM, DIM), (DIM, DIM), (DIM,), (DIM,)]
 LAYER += [(HIDDEN, DIM), (HIDDEN, DIM), (DIM, HIDDEN)]
@@ -50,19 +51,14 @@ def main():
     arguments = parser.parse_args()
     if not load_kernels():
         raise SystemExit("the kernels are not usable; see `torchtune-fused doctor`")
+    random.seed(0)
     torch.manual_seed(0)
     params = weights(arguments.layers)
     size = sum(param.numel() for param in params)
     moved = 7 * size * params[0].element_size()
     source, target = (torch.empty(moved // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
     steps = {"copy": lambda: target.copy_(source), **contenders(params)}
-    times = {name: [] for name in steps}
-    for run in range(RUNS + 3):
-        for name, step in steps.items():
-            step()  # while the GPU is at it, the launches of the others go ahead
-            time = milliseconds(step, STEPS)
-            if run >= 3:
-                times[name].append(time)
+    times = in_turns(steps, TURNS, CALLS)
     print(f"{len(params)} tensors, {size / 1e9:.3f}e9 weights, {moved / 1e9:.2f} GB")
     for name, found in times.items():
         print(f"  {name:14s} {median(found):7.3f} ms  {moved / median(found) / 1e9:.2f} TB/s")

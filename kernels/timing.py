@@ -1,7 +1,8 @@
 """What the benchmarks of this folder share: how time is measured on one GPU."""
 
+import random
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import median
 
 import torch
@@ -20,13 +21,34 @@ def milliseconds(run: Callable[[], object], calls: int = 1) -> float:
     return start.elapsed_time(end) / calls
 
 
+def in_turns(
+    contenders: dict[str, Callable[[], object]], turns: int, calls: int
+) -> dict[str, list[float]]:
+    """The milliseconds of a call of each contender, in each turn.
+
+    Each turn is in a random order, as who comes before sets the clock that one starts at. Calls
+    follow one that is not timed: while the GPU is at it, the launches of the others go ahead.
+
+    Args:
+        contenders (dict[str, Callable[[], object]]): By name.
+        turns (int): How many are measured, after two that are not.
+        calls (int): Of each contender in a turn.
+    """
+    times = {name: [] for name in contenders}
+    for _ in range(turns + 2):
+        for name in random.sample(list(contenders), len(contenders)):
+            contenders[name]()
+            times[name].append(milliseconds(contenders[name], calls))
+    return {name: measured[2:] for name, measured in times.items()}
+
+
 def called_microseconds(runs: Sequence[Callable[[], object]]) -> float:
     """Median time of a call by itself, its launches from the host included; ``runs`` take turns."""
-    turns = cycle(runs)
-    for _ in runs:
-        next(turns)()
+    for run in runs:
+        run()
     torch.cuda.synchronize()
-    return median(milliseconds(next(turns)) for _ in range(REPLAYS)) * 1e3
+    turns = islice(cycle(runs), REPLAYS)
+    return median(milliseconds(run) for run in turns) * 1e3
 
 
 def captured_microseconds(run: Callable[[], object], launches: int = 1) -> float:
