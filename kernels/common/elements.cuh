@@ -8,18 +8,35 @@
 
 namespace torchtune_fused {
 
-template <typename Acc>
-__device__ __forceinline__ Acc load_element(const void* data, int64_t index, DType dtype) {
+// Several at once, so that none waits for another.
+template <int kCount, typename Acc>
+__device__ __forceinline__ void load_elements(const void* data, const int64_t (&index)[kCount],
+                                              DType dtype, Acc (&out)[kCount]) {
+  const auto load = [&](auto convert) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) out[n] = convert(index[n]);
+  };
   switch (dtype) {
     case DType::kFloat16:
-      return __half2float(static_cast<const __half*>(data)[index]);
+      return load([&](int64_t i) { return __half2float(static_cast<const __half*>(data)[i]); });
     case DType::kBFloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+      return load([&](int64_t i) {
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+      });
     case DType::kFloat32:
-      return static_cast<const float*>(data)[index];
+      return load([&](int64_t i) { return static_cast<const float*>(data)[i]; });
     default:
-      return static_cast<Acc>(static_cast<const double*>(data)[index]);
+      return load([&](int64_t i) {
+        return static_cast<Acc>(static_cast<const double*>(data)[i]);
+      });
   }
+}
+
+template <typename Acc>
+__device__ __forceinline__ Acc load_element(const void* data, int64_t index, DType dtype) {
+  Acc out[1];
+  load_elements(data, {index}, dtype, out);
+  return out[0];
 }
 
 template <typename Acc>

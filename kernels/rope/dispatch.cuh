@@ -39,4 +39,11 @@ void with_layout(const RopeParams& p, F f) {
   });
 }
 
+// The lanes that a head of pairs of `size` channels at a time takes, as a power of two.
+inline int lane_bits_of(const RopeParams& p, int size) {
+  int bits = 0;
+  while (bits < 5 && size << bits < p.head_dim / 2) ++bits;
+  return bits;
+}
+
 }  // namespace torchtune_fused

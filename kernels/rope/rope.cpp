@@ -18,6 +18,7 @@ RopeParams rope_angles(const Tensor& like, int64_t b, int64_t s, int64_t d, cons
   check_device(cos, "cos", like);
   check_device(sin, "sin", like);
   check_dtype(sin, "sin", cos.scalar_type());
+  TTF_CHECK(b * s <= INT32_MAX, "x must have fewer than 2^31 tokens, got ", b * s);
   RopeParams p = {.of = {},
                   .cos = cos.const_data_ptr(),
                   .sin = sin.const_data_ptr(),

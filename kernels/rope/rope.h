@@ -41,6 +41,8 @@ struct RopeParams {
   int64_t tokens;  // b * s
   int steps;       // s
   int head_dim;
+  int lane_bits;       // a head takes 1 << lane_bits lanes of a warp
+  int heads_per_warp;  // of a token
   double eps;
   int64_t* cache_pos;  // [cache_len], counting up from the first free slot of the cache
   int64_t cache_len;
@@ -50,7 +52,7 @@ struct RopeParams {
 
 constexpr int kRopeMaxHeadDim = 512;
 
-// Sets the blocks of all heads, and so the rows of their `partial`.
+// Set how the work is divided: lanes, and the blocks of all heads, and so the rows of `partial`.
 void plan_rope(RopeParams& params);
 void plan_rope_backward(RopeParams& params);
 

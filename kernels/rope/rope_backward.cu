@@ -9,6 +9,7 @@ namespace torchtune_fused {
 void plan_rope_backward(RopeParams& params) {
   int per_sm = 0;
   with_layout(params, [&](auto type, auto vec) {
+    params.lane_bits = lane_bits_of(params, vec);
     TTF_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &per_sm, rope_backward_kernel<decltype(type), vec>, 32 * kWarps, 0));
   });
