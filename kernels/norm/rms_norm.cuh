@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(kMaxBlock)
 
   // The rows of a block that lie side by side are added up in order, where the ring was.
   if (p.partial == nullptr) return;
+  launch_dependents();  // the few blocks that add up the rows of `partial`
   float* partial = static_cast<float*>(p.partial) + blockIdx.x * p.dim;
   float* rows = reinterpret_cast<float*>(ring);
   float* own = rows_per_block > 1 ? rows + slot * p.dim : partial;

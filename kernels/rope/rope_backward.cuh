@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(32 * kWarps, kVec == 8 ? 4 : 2)
     }
   }
 
+  launch_dependents();  // the few blocks that add up the rows of `partial`
   // Every group of lanes holds sums for a whole head; they are added up in order.
   __shared__ Acc sums[32 * kWarps * 2 * kPairs];
   const int group = threadIdx.x >> p.lane_bits, groups = 32 * kWarps >> p.lane_bits;
