@@ -55,6 +55,7 @@ def check(b, s, h, h_kv, d, dtype, norm, interleaved, rows=0):
     [
         (1, 1, 1, 1, 64),
         (2, 127, 32, 8, 64),
+        (10, 127, 32, 8, 64),  # so many tokens that a warp has all heads of one
         (3, 5, 7, 1, 80),
         (2, 31, 12, 3, 96),
         (2, 100, 32, 4, 128),

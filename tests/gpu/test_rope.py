@@ -71,6 +71,9 @@ def heads_in_one_buffer(b, s, h, h_kv, d, dtype):
         (2, 129, 32, 4, 128),
         (1, 17, 8, 8, 256),
         (1, 5, 2, 1, 512),
+        # So many tokens that a warp has all heads of one.
+        (3, 500, 32, 8, 64),
+        (4, 500, 16, 2, 128),
         # Pair by pair: halves that are no whole vectors.
         (2, 3, 4, 2, 2),
         (1, 9, 3, 1, 18),
