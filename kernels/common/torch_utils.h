@@ -53,14 +53,17 @@ inline std::string shape_string(const Tensor& t) {
   return text.str();
 }
 
-// The tensor lives on the same CUDA device as `reference`.
-inline void check_device(const Tensor& t, const char* name, const Tensor& reference) {
+// The tensor lives on the same CUDA device as `reference`. A name is anything that a stream takes: it
+// becomes text only where a check fails.
+template <typename Name>
+void check_device(const Tensor& t, Name name, const Tensor& reference) {
   TTF_CHECK(t.is_cuda() && t.get_device_index() == reference.get_device_index(), name,
             " must be on cuda:", reference.get_device_index(), ", got ",
             t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device type");
 }
 
-inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
+template <typename Name>
+void check_dtype(const Tensor& t, Name name, ScalarType expected) {
   TTF_CHECK(t.scalar_type() == expected, name, " must be ", torch::headeronly::toString(expected),
             ", got ", torch::headeronly::toString(t.scalar_type()));
 }
@@ -82,7 +85,8 @@ inline void check_shape(const Tensor& t, const char* name,
   raise(name, " must have shape [", text, "], got ", shape_string(t));
 }
 
-inline void check_contiguous(const Tensor& t, const char* name) {
+template <typename Name>
+void check_contiguous(const Tensor& t, Name name) {
   TTF_CHECK(t.is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
 }
 
