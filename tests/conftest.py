@@ -1,7 +1,6 @@
 import os
 
-# Set before torch is imported: every oracle runs on the CPU, and a second OpenMP runtime or an
-# oversubscribed machine only makes the suite slower.
+# Set before tokenizers is imported: its threads don't outlive a fork, of which it warns each time.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path

@@ -150,7 +150,7 @@ def test_hooks_fire(name, assert_same):
     assert calls == ["after", "backward"] * 2
 
 
-def test_global_hooks_fire(assert_same):
+def test_global_hooks_fire():
     fused, _ = pair()
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))

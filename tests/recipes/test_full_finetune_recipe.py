@@ -105,7 +105,7 @@ def test_speed_memory_and_the_config_are_logged(train, tmp_path):
     assert saved.log_every_n_steps == 4
 
 
-def test_several_datasets_follow_each_other(train, data, settings, tmp_path, run_recipe, losses):
+def test_several_datasets_follow_each_other(data, settings, tmp_path, run_recipe, losses):
     config = OmegaConf.load(CONFIGS[0].parents[1] / f"smollm2_135m/{RECIPE}.yaml")
     part = {"_component_": "torchtune.datasets.alpaca_dataset", "source": "json"}
     part |= {"data_files": str(data), "split": "train"}
