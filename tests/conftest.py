@@ -52,6 +52,22 @@ def adamw_step():
     return step
 
 
+@pytest.fixture(scope="session")
+def transformers_filter():
+    """Logits as transformers leaves them for sampling: divided, and -inf where it discards them."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    def run(logits, temperature, top_k=None, top_p=None):
+        logits = TemperatureLogitsWarper(temperature)(None, logits)
+        if top_k is not None:
+            logits = TopKLogitsWarper(top_k)(None, logits)
+        if top_p is not None:
+            logits = TopPLogitsWarper(top_p)(None, logits)
+        return logits
+
+    return run
+
+
 @pytest.hookimpl(trylast=True)  # after the hook of tests/gpu, which marks its tests
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
