@@ -18,8 +18,8 @@ namespace torchtune_fused {
 // adapter/adapter.cpp
 bool adapter_gradients_takes(std::vector<Tensor> grads, std::vector<Tensor> bs, const Tensor& low);
 std::tuple<Tensor, std::vector<Tensor>> adapter_gradients(std::vector<Tensor> grads,
-                                                          std::vector<Tensor> bs,
-                                                          const Tensor& low, double scale);
+                                                          std::vector<Tensor> bs, const Tensor& low,
+                                                          double scale);
 
 // attention/attention.cpp
 Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -77,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& b_gate,
                                                 const std::optional<Tensor>& b_up,
                                                 std::string activation, bool save);
-std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
-    const Tensor& grad, const Tensor& w_down, const Tensor& gate, const Tensor& up,
-    const std::optional<Tensor>& grad_low, const std::optional<Tensor>& a_down,
-    std::string activation, bool need_hidden);
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, const Tensor& w_down,
+                                                         const Tensor& gate, const Tensor& up,
+                                                         const std::optional<Tensor>& grad_low,
+                                                         const std::optional<Tensor>& a_down,
+                                                         std::string activation, bool need_hidden);
 Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string activation);
 std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& gate,
                                                      const Tensor& up, std::string activation,
@@ -93,9 +94,8 @@ void embedding_add_(Tensor grad_weight, const Tensor& ids, const Tensor& order, 
 bool grouped_product_takes(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                            std::vector<int64_t> terms, bool across,
                            const std::optional<Tensor>& addend, const std::optional<Tensor>& cos,
-                           const std::optional<Tensor>& sin,
-                           const std::optional<Tensor>& input_pos, bool interleaved,
-                           int64_t steps);
+                           const std::optional<Tensor>& sin, const std::optional<Tensor>& input_pos,
+                           bool interleaved, int64_t steps);
 std::vector<Tensor> grouped_product(std::vector<Tensor> firsts, std::vector<Tensor> seconds,
                                     std::vector<int64_t> terms, bool across,
                                     const std::optional<Tensor>& addend,
@@ -126,8 +126,7 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,
                                     bool unit_offset);
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
-                                                const Tensor& weight, double eps,
-                                                bool unit_offset);
+                                                const Tensor& weight, double eps, bool unit_offset);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              const Tensor& weight, const Tensor& rstd,
                                              const std::optional<Tensor>& grad_skip,
@@ -143,11 +142,10 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k,
                                         double eps, bool interleaved, bool norm_before_rope,
                                         bool inverse);
 Tensor qk_norm_rope_append(const Tensor& q, const Tensor& k, const Tensor& v,
-                           const std::optional<Tensor>& q_norm,
-                           const std::optional<Tensor>& k_norm, const Tensor& cos,
-                           const Tensor& sin, const std::optional<Tensor>& input_pos, double eps,
-                           bool interleaved, bool norm_before_rope, Tensor k_cache, Tensor v_cache,
-                           Tensor cache_pos);
+                           const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                           const Tensor& cos, const Tensor& sin,
+                           const std::optional<Tensor>& input_pos, double eps, bool interleaved,
+                           bool norm_before_rope, Tensor k_cache, Tensor v_cache, Tensor cache_pos);
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
     const Tensor& q_norm, const Tensor& k_norm, const Tensor& cos, const Tensor& sin,

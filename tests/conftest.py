@@ -1,7 +1,6 @@
 import os
 
-# Set before torch is imported: every oracle runs on the CPU, and a second OpenMP runtime or an
-# oversubscribed machine only makes the suite slower.
+# Set before tokenizers is imported: its threads don't outlive a fork, of which it warns each time.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
@@ -51,6 +50,22 @@ def adamw_step():
         return param - lr * (direction + weight_decay * param), m, v
 
     return step
+
+
+@pytest.fixture(scope="session")
+def transformers_filter():
+    """Logits as transformers leaves them for sampling: divided, and -inf where it discards them."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    def run(logits, temperature, top_k=None, top_p=None):
+        logits = TemperatureLogitsWarper(temperature)(None, logits)
+        if top_k is not None:
+            logits = TopKLogitsWarper(top_k)(None, logits)
+        if top_p is not None:
+            logits = TopPLogitsWarper(top_p)(None, logits)
+        return logits
+
+    return run
 
 
 @pytest.hookimpl(trylast=True)  # after the hook of tests/gpu, which marks its tests

@@ -7,13 +7,6 @@
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
-namespace {
-
-bool starts_at_16_bytes(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
-}  // namespace
 
 // Whether the kernel takes these, whose shapes fit, and is faster than two products for each.
 bool adapter_gradients_takes(std::vector<Tensor> grads, std::vector<Tensor> bs, const Tensor& low) {

@@ -8,11 +8,6 @@
 namespace torchtune_fused {
 namespace {
 
-template <int kCount>
-void copy_strides(const Tensor& t, int64_t (&strides)[kCount]) {
-  for (int i = 0; i < kCount; ++i) strides[i] = t.stride(i);
-}
-
 void check_unit_stride(const Tensor& t, const char* name) {
   TTF_CHECK(t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1, name,
             " must have a last dimension of stride 1, got ", t.stride(t.dim() - 1), "; pass ", name,
@@ -35,8 +30,8 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   TTF_CHECK(rows >= batch, "k_cache must have at least ", batch, " rows as q has, got ", rows);
   TTF_CHECK(kv_heads > 0 && heads % kv_heads == 0, "the heads of q must be a multiple of those of ",
             "k_cache, got ", heads, " and ", kv_heads);
-  for (const auto& [tensor, name] : {std::pair(&q, "q"), std::pair(&k_cache, "k_cache"),
-                                     std::pair(&v_cache, "v_cache")}) {
+  for (const auto& [tensor, name] :
+       {std::pair(&q, "q"), std::pair(&k_cache, "k_cache"), std::pair(&v_cache, "v_cache")}) {
     check_device(*tensor, name, q);
     check_dtype(*tensor, name, q.scalar_type());
     check_unit_stride(*tensor, name);
@@ -56,8 +51,7 @@ Tensor attention_decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
   const LaunchContext context(q);
   // [b, s, h, d] in memory, so that the heads are merged without a copy.
-  Tensor out = torch::stable::transpose(
-      allocate(q, {batch, steps, heads, head_dim}), 1, 2);
+  Tensor out = torch::stable::transpose(allocate(q, {batch, steps, heads, head_dim}), 1, 2);
   if (q.numel() == 0) return out;
   const Tensor dense_mask = mask ? mask->stride(3) == 1 ? *mask : dense(*mask) : q;
 

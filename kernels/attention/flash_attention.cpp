@@ -13,21 +13,17 @@ namespace {
 
 // What hides keys, as the ops are given it.
 struct MaskTensors {
-  const std::optional<Tensor>& bits;   // int32 [batch or 1, heads or 1, s, 2 * ceil(s_kv / 64)]
-  const std::optional<Tensor>& kinds;  // uint8 [batch or 1, heads or 1, ceil(s / 64), ...]
+  const std::optional<Tensor>& bits;       // int32 [batch or 1, heads or 1, s, 2 * ceil(s_kv / 64)]
+  const std::optional<Tensor>& kinds;      // uint8 [batch or 1, heads or 1, ceil(s / 64), ...]
   const std::optional<Tensor>& documents;  // int32 [2, batch, s]
   bool causal;
   std::optional<int64_t> window;
 };
 
-void copy_strides(const Tensor& t, int64_t (&strides)[3]) {
-  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
-}
-
 // The tensor itself, or a copy where its rows are not as the kernels read them: dense, and starting
 // at multiples of 16 bytes.
 Tensor with_aligned_rows(const Tensor& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
+  bool aligned = starts_at_16_bytes(t) && t.stride(3) == 1;
   for (int i = 0; i < 3; ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) % 8 == 0);
   return aligned ? t : torch::stable::clone(dense(t));
 }

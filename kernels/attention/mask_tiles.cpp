@@ -20,13 +20,11 @@ std::tuple<Tensor, Tensor> mask_tiles(const Tensor& mask) {
   const int64_t column_tiles = (keys + kMaskTile - 1) / kMaskTile;
   TTF_CHECK(queries < 1 << 30 && keys < 1 << 30, "mask is too large: ", shape_string(mask));
 
-  Tensor kinds =
-      allocate(mask, {batch, heads, row_tiles, column_tiles}, ScalarType::Byte);
-  Tensor bits =
-      allocate(mask, {batch, heads, queries, 2 * column_tiles}, ScalarType::Int);
+  Tensor kinds = allocate(mask, {batch, heads, row_tiles, column_tiles}, ScalarType::Byte);
+  Tensor bits = allocate(mask, {batch, heads, queries, 2 * column_tiles}, ScalarType::Int);
   MaskTilesParams p = {};
   p.mask = static_cast<const unsigned char*>(rows.const_data_ptr());
-  for (int i = 0; i < 3; ++i) p.mask_stride[i] = rows.stride(i);
+  copy_strides(rows, p.mask_stride);
   p.kinds = static_cast<unsigned char*>(kinds.mutable_data_ptr());
   p.bits = static_cast<uint32_t*>(bits.mutable_data_ptr());
   p.batch = static_cast<int>(batch);

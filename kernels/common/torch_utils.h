@@ -33,8 +33,9 @@ class LaunchContext {
     TTF_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream) == TORCH_SUCCESS,
               "torch has no current stream on device ", device_index_);
     stream_ = static_cast<cudaStream_t>(stream);
-    // The guard does nothing in a thread whose device it is already, such as autograd's in its first
-    // call. The driver's own functions, unlike the runtime's, then find no context to work in.
+    // The guard does nothing in a thread whose device it is already, such as autograd's in its
+    // first call. The driver's own functions, unlike the runtime's, then find no context to work
+    // in.
     TTF_CUDA_CHECK(cudaSetDevice(device_index_));
   }
   cudaStream_t stream() const { return stream_; }
@@ -53,14 +54,17 @@ inline std::string shape_string(const Tensor& t) {
   return text.str();
 }
 
-// The tensor lives on the same CUDA device as `reference`.
-inline void check_device(const Tensor& t, const char* name, const Tensor& reference) {
+// The tensor lives on the same CUDA device as `reference`. A name is anything that a stream takes:
+// it becomes text only where a check fails.
+template <typename Name>
+void check_device(const Tensor& t, Name name, const Tensor& reference) {
   TTF_CHECK(t.is_cuda() && t.get_device_index() == reference.get_device_index(), name,
             " must be on cuda:", reference.get_device_index(), ", got ",
             t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device type");
 }
 
-inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
+template <typename Name>
+void check_dtype(const Tensor& t, Name name, ScalarType expected) {
   TTF_CHECK(t.scalar_type() == expected, name, " must be ", torch::headeronly::toString(expected),
             ", got ", torch::headeronly::toString(t.scalar_type()));
 }
@@ -82,8 +86,25 @@ inline void check_shape(const Tensor& t, const char* name,
   raise(name, " must have shape [", text, "], got ", shape_string(t));
 }
 
-inline void check_contiguous(const Tensor& t, const char* name) {
+template <typename Name>
+void check_contiguous(const Tensor& t, Name name) {
   TTF_CHECK(t.is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
+}
+
+// Where loads of 16 bytes can begin.
+inline bool starts_at_16_bytes(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+inline void check_aligned(const Tensor& t, const char* name) {
+  TTF_CHECK(starts_at_16_bytes(t), name, " must start at a multiple of 16 bytes; pass ", name,
+            ".clone()");
+}
+
+// A matrix of 16-bit elements in dense rows that all start at multiples of 16 bytes.
+inline bool has_rows_of_16_bytes(const Tensor& t) {
+  return t.dim() == 2 && t.size(1) % 8 == 0 && t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
+         starts_at_16_bytes(t);
 }
 
 // On the device of x, of its dtype and of the shape, contiguous.
@@ -93,6 +114,12 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& x,
   check_dtype(t, name, x.scalar_type());
   check_shape(t, name, shape);
   check_contiguous(t, name);
+}
+
+// The strides of the first dimensions, in elements.
+template <int kCount>
+void copy_strides(const Tensor& t, int64_t (&strides)[kCount]) {
+  for (int i = 0; i < kCount; ++i) strides[i] = t.stride(i);
 }
 
 // How many slots of a KV cache are filled: one integer, to be read on the device.

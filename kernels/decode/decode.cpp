@@ -20,8 +20,7 @@ const void* data_or_null(const std::optional<Tensor>& t) {
 void check_operand(const Tensor& t, const char* name, const Tensor& x,
                    std::initializer_list<int64_t> shape) {
   check_like(t, name, x, shape);
-  TTF_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-            " must start at a multiple of 16 bytes; pass ", name, ".clone()");
+  check_aligned(t, name);
 }
 
 void check_operand(const std::optional<Tensor>& t, const char* name, const Tensor& x,
@@ -41,8 +40,7 @@ TokensParams tokens_of(const Tensor& x, const std::optional<Tensor>& norm_weight
   TTF_CHECK(tokens <= kMaxTokens, "decoding takes at most ", kMaxTokens, " tokens a step, got ",
             tokens, " (x of shape ", shape_string(x), ")");
   check_contiguous(x, "x");
-  TTF_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
-            "x must start at a multiple of 16 bytes; pass x.clone()");
+  check_aligned(x, "x");
   check_operand(norm_weight, "norm_weight", x, {k});
   p.x = x.const_data_ptr();
   p.norm_weight = data_or_null(norm_weight);
@@ -182,10 +180,8 @@ Tensor decode_qkv(const Tensor& x, const Tensor& wq, const Tensor& wk, const Ten
     }
     p.rope.cos = static_cast<const float*>(cos->const_data_ptr());
     p.rope.sin = static_cast<const float*>(sin->const_data_ptr());
-    for (int i = 0; i < 2; ++i) {
-      p.rope.cos_stride[i] = cos->stride(i);
-      p.rope.sin_stride[i] = sin->stride(i);
-    }
+    copy_strides(*cos, p.rope.cos_stride);
+    copy_strides(*sin, p.rope.sin_stride);
   }
   if (input_pos) {
     check_device(*input_pos, "input_pos", x);
@@ -233,10 +229,10 @@ Tensor decode_attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   check_operand(k_cache, "k_cache", q, {-1, -1, -1, head_dim});
   const int64_t kv_heads = k_cache.size(1), max_len = k_cache.size(2);
   check_operand(v_cache, "v_cache", q, {k_cache.size(0), kv_heads, max_len, head_dim});
-  TTF_CHECK(k_cache.numel() > 0 && heads % kv_heads == 0 && heads <= 8 * kv_heads &&
-                max_len < 1 << 20,
-            "q must have 1 to 8 heads for each of the caches', of less than 2^20 slots, got ",
-            shape_string(q), " and caches of ", shape_string(k_cache));
+  TTF_CHECK(
+      k_cache.numel() > 0 && heads % kv_heads == 0 && heads <= 8 * kv_heads && max_len < 1 << 20,
+      "q must have 1 to 8 heads for each of the caches', of less than 2^20 slots, got ",
+      shape_string(q), " and caches of ", shape_string(k_cache));
   if (mask) {
     check_device(*mask, "mask", q);
     check_dtype(*mask, "mask", ScalarType::Bool);

@@ -79,7 +79,7 @@ struct DecodeGatedParams {
 };
 
 // The rotation tables, and where each token stands. Tokens are ordered [batch, step].
-struct RopeParams {
+struct DecodeRopeParams {
   const float* cos;  // [max_seq_len, head_dim / 2]; null: no rotation
   const float* sin;
   int64_t cos_stride[2];  // in elements
@@ -94,7 +94,7 @@ struct DecodeQkvParams {
   TokensParams in;
   const void *wq, *wk, *wv;  // [heads * head_dim, k], [kv_heads * head_dim, k] twice
   const void *bq, *bk, *bv;  // or null
-  RopeParams rope;
+  DecodeRopeParams rope;
   void* q;        // [batch, steps, heads, head_dim]
   void* k_cache;  // [>= batch, kv_heads, max_len, head_dim]
   void* v_cache;

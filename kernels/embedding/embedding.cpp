@@ -14,7 +14,8 @@ void embedding_add_(Tensor grad_weight, const Tensor& ids, const Tensor& order,
   check_contiguous(grad_weight, "grad_weight");
   check_shape(ids, "ids", {-1});
   const int64_t tokens = ids.size(0), dim = grad_weight.size(1);
-  TTF_CHECK(tokens <= std::numeric_limits<int>::max(), "ids must be at most 2^31 - 1, got ", tokens);
+  TTF_CHECK(tokens <= std::numeric_limits<int>::max(), "ids must be at most 2^31 - 1, got ",
+            tokens);
   const auto check_indices = [&](const Tensor& t, const char* name) {
     check_device(t, name, grad_weight);
     check_dtype(t, name, ScalarType::Long);

@@ -13,11 +13,6 @@ ScalarType accumulator_of(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_aligned(const Tensor& t, const char* name) {
-  TTF_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-            " must start at a multiple of 16 bytes; pass ", name, ".clone()");
-}
-
 }  // namespace
 
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,

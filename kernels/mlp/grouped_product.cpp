@@ -11,11 +11,6 @@
 namespace torchtune_fused {
 namespace {
 
-bool has_rows_of_16_bytes(const Tensor& t) {
-  return t.dim() == 2 && t.size(1) % 8 == 0 && t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
 bool is_dense(const Tensor& t) { return has_rows_of_16_bytes(t) && t.is_contiguous(); }
 
 // Whether the kernel rotates the heads of all sums but the last: see rotate_heads.cuh.

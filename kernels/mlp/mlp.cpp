@@ -22,8 +22,7 @@ void check_same(const Tensor& t, const char* name, const Tensor& gate) {
 }
 
 bool rows_start_at_16_bytes(const Tensor& t) {
-  return t.is_contiguous() && t.size(t.dim() - 1) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return t.is_contiguous() && t.size(t.dim() - 1) % 8 == 0 && starts_at_16_bytes(t);
 }
 
 // Below, most of the GPU would be idle: a cluster takes 256 rows at a time.
@@ -111,10 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(const Tensor& x, const Tensor& w
 #endif
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
-    const Tensor& grad, const Tensor& w_down, const Tensor& gate, const Tensor& up,
-    const std::optional<Tensor>& grad_low, const std::optional<Tensor>& a_down,
-    std::string activation, bool need_hidden) {
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, const Tensor& w_down,
+                                                         const Tensor& gate, const Tensor& up,
+                                                         const std::optional<Tensor>& grad_low,
+                                                         const std::optional<Tensor>& a_down,
+                                                         std::string activation, bool need_hidden) {
 #ifdef TTF_HAS_SM90
   const LaunchContext context(gate);
   std::vector<Tensor> adapter;
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
   check_shape(gate, "gate", {-1, -1});
   const int64_t rows = gate.size(0), n = gate.size(1), k = w_down.size(0);
   check_same(up, "up", gate);
-  TTF_CHECK(rows_start_at_16_bytes(up), "up must start at a multiple of 16 bytes");
+  check_aligned(up, "up");
   check_like(grad, "grad", gate, {rows, k});
   check_like(w_down, "w_down", gate, {k, n});
   GatedLinearBackwardParams p = {.grad = grad.const_data_ptr(),
@@ -147,8 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(
     p.low_down = a_down->const_data_ptr();
     p.rank = static_cast<int>(rank);
   }
-  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
-                              : allocate(gate, {0});
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes()) : allocate(gate, {0});
   Tensor grad_gate = allocate(gate, gate.sizes()), grad_up = allocate(gate, gate.sizes());
   p.hidden = need_hidden ? hidden.mutable_data_ptr() : nullptr;
   p.grad_gate = grad_gate.mutable_data_ptr();
@@ -169,8 +168,7 @@ std::tuple<Tensor, Tensor> gated_activation_backward(Tensor grad, const Tensor& 
   check_same(grad, "grad", gate);
   const LaunchContext context(gate);
   Tensor grad_gate = allocate(gate, gate.sizes());
-  Tensor hidden = need_hidden ? allocate(gate, gate.sizes())
-                              : allocate(gate, {0});
+  Tensor hidden = need_hidden ? allocate(gate, gate.sizes()) : allocate(gate, {0});
   launch_gated_activation_backward({.grad = grad.const_data_ptr(),
                                     .gate = gate.const_data_ptr(),
                                     .up = up.const_data_ptr(),

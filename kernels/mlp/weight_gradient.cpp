@@ -8,11 +8,6 @@
 namespace torchtune_fused {
 namespace {
 
-bool has_rows_of_16_bytes(const Tensor& t) {
-  return t.dim() == 2 && t.numel() > 0 && t.size(1) % 8 == 0 && t.stride(1) == 1 &&
-         t.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
 // How wide the kernel's tiles are to be, and how much of what it computes with them is wanted: all
 // clusters take a tile at a time, so the last round may leave most of them idle.
 struct Tiling {
@@ -46,11 +41,11 @@ bool grouped_weight_gradients_takes(std::vector<Tensor> grads, const Tensor& x) 
   const LaunchContext context(x);
   const ScalarType dtype = x.scalar_type();
   if (!runs_sm90_code() || (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) ||
-      grads.size() < 2 || grads.size() > kMaxSums || !has_rows_of_16_bytes(x)) {
+      grads.size() < 2 || grads.size() > kMaxSums || x.numel() == 0 || !has_rows_of_16_bytes(x)) {
     return false;
   }
   for (const Tensor& grad : grads) {
-    if (!has_rows_of_16_bytes(grad)) return false;
+    if (grad.numel() == 0 || !has_rows_of_16_bytes(grad)) return false;
   }
   return Tiling(grads, x).used >= kMinUsed;
 }

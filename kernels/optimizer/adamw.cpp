@@ -1,11 +1,25 @@
 // AdamW: checks on the tensors, and the launches.
 #include "optimizer/adamw.h"
 
-#include <string>
+#include <ostream>
 
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
+namespace {
+
+// The name of a list's tensor, not made into text unless a check fails: a model has hundreds of
+// them, and steps often.
+struct Element {
+  const char* list;
+  size_t i;
+};
+
+std::ostream& operator<<(std::ostream& out, const Element& element) {
+  return out << element.list << "[" << element.i << "]";
+}
+
+}  // namespace
 
 void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
             std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, double lr, double beta1,
@@ -17,6 +31,7 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
             grads.size(), ", ", exp_avgs.size(), ", ", exp_avg_sqs.size(), " and ", steps.size());
   if (count == 0) return;
   const Tensor& first = params[0];
+  TTF_CHECK(first.is_cuda(), "params[0] must be on a CUDA device, as another tensor is");
   AdamWParams launch = {.tensors = {},
                         .lr = lr,
                         .beta1 = beta1,
@@ -27,25 +42,28 @@ void adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<T
                         .dtype = floating_dtype(first, "params[0]")};
   launch.tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    const int64_t size = params[i].numel();
-    const auto check = [&](const Tensor& t, const char* list, ScalarType dtype, int64_t numel) {
-      const std::string name = std::string(list) + "[" + std::to_string(i) + "]";
-      check_device(t, name.c_str(), first);
-      check_dtype(t, name.c_str(), dtype);
-      check_contiguous(t, name.c_str());
-      TTF_CHECK(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
+    const auto check = [&](const Tensor& t, const char* list) {
+      const Element name = {list, i};
+      check_device(t, name, first);
+      check_dtype(t, name, first.scalar_type());
+      check_contiguous(t, name);
+      TTF_CHECK(t.sizes().equals(params[i].sizes()), name, " must have shape ",
+                shape_string(params[i]), " as its parameter, got ", shape_string(t));
     };
-    check(params[i], "params", first.scalar_type(), size);
-    check(grads[i], "grads", first.scalar_type(), size);
-    check(exp_avgs[i], "exp_avgs", first.scalar_type(), size);
-    check(exp_avg_sqs[i], "exp_avg_sqs", first.scalar_type(), size);
-    check(steps[i], "steps", ScalarType::Float, 1);
+    check(params[i], "params");
+    check(grads[i], "grads");
+    check(exp_avgs[i], "exp_avgs");
+    check(exp_avg_sqs[i], "exp_avg_sqs");
+    const Element step = {"steps", i};
+    check_device(steps[i], step, first);
+    check_dtype(steps[i], step, ScalarType::Float);
+    TTF_CHECK(steps[i].numel() == 1, step, " must have one element, got ", shape_string(steps[i]));
     launch.tensors.push_back({.param = params[i].mutable_data_ptr(),
                               .grad = grads[i].const_data_ptr(),
                               .exp_avg = exp_avgs[i].mutable_data_ptr(),
                               .exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr(),
                               .step = static_cast<const float*>(steps[i].const_data_ptr()),
-                              .size = size});
+                              .size = params[i].numel()});
   }
   const LaunchContext context(first);
   launch_adamw(launch, context.stream());

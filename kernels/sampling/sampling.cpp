@@ -39,8 +39,8 @@ Tensor decode_sample(const Tensor& logits, Tensor rng_state, double temperature,
   // One workspace for all, in words of 8 bytes; what wants 16 bytes comes first.
   const int64_t candidate_words = filters ? rows * vocab * (sizeof(Candidate) / 8) : 0;
   const int64_t state_words = filters ? rows * (sizeof(RowState) / 8) : 0;
-  Tensor workspace = allocate(
-      logits, {candidate_words + state_words + 2 * rows * slices}, ScalarType::Long);
+  Tensor workspace =
+      allocate(logits, {candidate_words + state_words + 2 * rows * slices}, ScalarType::Long);
   auto* words = static_cast<uint64_t*>(workspace.mutable_data_ptr());
   uint64_t* states = words + candidate_words;
   uint64_t* best_logit = states + state_words;

@@ -94,6 +94,12 @@ def test_first_use_honours_torchs_list(two_gpus, monkeypatch):
     assert Target.for_this_machine() == Target(("8.6",), "8.6")
 
 
+def test_torchs_list_without_an_architecture_for_the_kernels_is_named(two_gpus, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5+PTX")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST is '7\.0 7\.5\+PTX', but .* 8\.0"):
+        Target.for_this_machine()
+
+
 def test_one_architectures_code_path_can_be_forced(two_gpus, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     monkeypatch.setenv("TORCHTUNE_FUSED_ARCH", "8.6")

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from torchtune_fused.generation.sampling import Sampler
 
@@ -10,15 +9,6 @@ VOCAB = 50
 @pytest.fixture
 def logits():
     return torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
-
-
-def transformers_filter(logits, temperature, top_k, top_p):
-    logits = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k is not None:
-        logits = TopKLogitsWarper(top_k)(None, logits)
-    if top_p is not None:
-        logits = TopPLogitsWarper(top_p)(None, logits)
-    return logits
 
 
 def test_greedy_takes_the_largest_logit(logits):
@@ -31,12 +21,10 @@ def test_a_temperature_near_zero_is_greedy_and_not_nan(logits):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.9}])
-def test_tokens_come_with_their_probabilities(options):
+def test_tokens_come_with_their_probabilities(transformers_filter, options):
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3))
     temperature = 0.8
-    exact = transformers_filter(
-        logits, temperature, options.get("top_k"), options.get("top_p")
-    ).softmax(-1)[0]
+    exact = transformers_filter(logits, temperature, **options).softmax(-1)[0]
     draws = 40_000
     sampler = Sampler(temperature=temperature, seed=0, **options)
     counts = sampler(logits.expand(draws, -1)).bincount(minlength=12)

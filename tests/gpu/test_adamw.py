@@ -132,6 +132,32 @@ def test_what_is_not_finite_spreads_as_in_torch(dtype):
         assert not mine[grads.isinf()].isfinite().any()
 
 
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (1, lambda ts: ts[1:], "must be 3 as params are, got 2, 3, 3 and 3"),
+        (1, lambda ts: [*ts[:2], ts[2].float()], r"grads\[2\] must be BFloat16, got Float"),
+        (2, lambda ts: [ts[0][None], *ts[1:]], r"exp_avgs\[0\] must have shape \[7\] as its par"),
+        (3, lambda ts: [torch.cat([t, t])[::2] for t in ts], r"exp_avg_sqs\[0\] must be contig"),
+        (0, lambda ts: [t.long() for t in ts], r"params\[0\] must be a floating-point tensor"),
+        (0, lambda ts: [t.cpu() for t in ts], r"params\[0\] must be on a CUDA device"),
+        (4, lambda ts: [*ts[:2], ts[2].cpu()], r"steps\[2\] must be on cuda:0, got another"),
+        (4, lambda ts: [t.double() for t in ts], r"steps\[0\] must be Float, got Double"),
+        (4, lambda ts: [t.expand(2) for t in ts], r"steps\[0\] must have one element, got \[2\]"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_and_changes_nothing(place, change, message):
+    sizes = [7, 8, 9]
+    params, m, v = state(sizes, torch.bfloat16)
+    lists = [params, tensors(sizes, torch.bfloat16), m, v, counts([1] * 3)]
+    before = cloned(lists)
+    wrong = [change(ts) if i == place else ts for i, ts in enumerate(lists)]
+    with pytest.raises(RuntimeError, match=message):
+        adamw_(*wrong, **OPTIONS)
+    for now, then in zip(lists, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
+
+
 def model():
     torch.manual_seed(0)
     layers = nn.Linear(67, 129), nn.Linear(129, 64), nn.Linear(64, 5, bias=False)

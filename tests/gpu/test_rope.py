@@ -119,6 +119,7 @@ def test_fp64(interleaved, plain):
     tensors = (q, k, *norms)
     results = [with_gradients(f, tensors, grads, kwargs) for f in (ours, plain)]
     for a, b in zip(*results, strict=True):
+        # Sums of a few numbers of order one, in another order.
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

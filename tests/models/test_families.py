@@ -46,6 +46,7 @@ def test_config_in_its_old_form_says_the_same(checkpoint, old_checkpoint):
     model = ShardTransformerDecoder.from_pretrained(old_checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         logits = model(TOKENS)
+    # As above.
     torch.testing.assert_close(logits, oracle_logits(checkpoint, TOKENS), atol=1e-4, rtol=0)
 
 

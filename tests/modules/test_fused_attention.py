@@ -342,7 +342,7 @@ def test_sliding_window_with_dropout(assert_same):
     )
 
 
-def test_norm_before_rope(assert_same):
+def test_norm_before_rope():
     class NormThenRotate(nn.Module):
         def __init__(self, dim, max_seq_len):
             super().__init__()
@@ -366,7 +366,9 @@ def test_norm_before_rope(assert_same):
         (fused.q_norm.scale, stock.pos_embeddings.norm.scale),
         (fused.k_proj.weight, stock.k_proj.weight),
     ):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        # fp32, with the sum over all tokens in another order.
+        atol = 1e-5 * theirs.grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=atol)
 
 
 def test_constructor():
@@ -428,7 +430,7 @@ def test_low_precision(dtype):
     assert error <= 2 * allowed
 
 
-def test_autocast(assert_same):
+def test_autocast():
     fused, stock = pair(norms=True)
     tokens = x()
     with torch.autocast("cpu", torch.bfloat16):

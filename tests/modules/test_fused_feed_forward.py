@@ -83,7 +83,8 @@ def test_residual(linear, kind):
     for ours, theirs in zip(
         *(torch.autograd.grad(t.sin().sum(), leaves) for t in (out, expected)), strict=True
     ):
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-4, atol=1e-5)
+        atol = 1e-5 * theirs.abs().max().item()  # their sums run in another order
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("case", ["dropout", "scale", "plain gate", "plain up"])
@@ -150,7 +151,7 @@ def test_hooks_fire(name, assert_same):
     assert calls == ["after", "backward"] * 2
 
 
-def test_global_hooks_fire(assert_same):
+def test_global_hooks_fire():
     fused, _ = pair()
     called = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))

@@ -38,16 +38,11 @@ def test_a_frozen_weight_gets_no_gradient(assert_same):
     fused, stock = pair()
     for module in (fused, stock):
         module.weight.requires_grad_(False)
-    x = torch.randn(5, IN)
-    fused(x).sum().backward()
-    stock(x).sum().backward()
+    assert_same(fused, stock, [torch.randn(5, IN)])
     assert fused.weight.grad is None
-    for name in fused.adapter_params():
-        theirs = stock.get_parameter(name).grad
-        torch.testing.assert_close(fused.get_parameter(name).grad, theirs)
 
 
-def test_disabled_adapters_do_nothing(assert_same):
+def test_disabled_adapters_do_nothing():
     fused, stock = pair(use_bias=True)
     fused.disabled = stock.disabled = True
     x = torch.randn(5, IN)

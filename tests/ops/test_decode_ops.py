@@ -14,11 +14,6 @@ from torchtune_fused.ops.decode_qkv import decode_qkv
 OPS = torch.ops.torchtune_fused
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_embed():
     out, ids, weight = torch.empty(3, 24), torch.randint(10, (3,)), torch.randn(10, 24)
     decode_embed_(out, ids, weight)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from torchtune_fused.ops import decode_sample
 from torchtune_fused.ops.decode_sample import _gumbel, _gumbel_from, _philox, filter_logits
@@ -17,21 +16,12 @@ def state(seed=11, offset=0):
     return torch.tensor([seed, offset])
 
 
-def transformers_filter(logits, temperature, top_k, top_p):
-    logits = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k is not None:
-        logits = TopKLogitsWarper(top_k)(None, logits)
-    if top_p is not None:
-        logits = TopPLogitsWarper(top_p)(None, logits)
-    return logits
-
-
 FILTERS = [(1, None), (7, None), (None, 0.5), (None, 1e-6), (7, 0.8), (VOCAB, 1.0)]
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_filters_are_those_of_transformers(logits, temperature, top_k, top_p):
+def test_filters_are_those_of_transformers(transformers_filter, logits, temperature, top_k, top_p):
     ours = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
     theirs = transformers_filter(logits, temperature, top_k, top_p)
     # Both only decide what to discard, so what is left is equal bit for bit.
@@ -39,7 +29,7 @@ def test_filters_are_those_of_transformers(logits, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_the_best_of_what_transformers_keeps_is_drawn(logits, top_k, top_p):
+def test_the_best_of_what_transformers_keeps_is_drawn(transformers_filter, logits, top_k, top_p):
     rng = state()
     for _ in range(20):
         scores = transformers_filter(logits, 0.7, top_k, top_p) + _gumbel(rng, *logits.shape)

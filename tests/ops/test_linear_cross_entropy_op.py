@@ -202,6 +202,7 @@ def test_compiled_without_a_break(reduction):
         ({"targets": torch.zeros(3).int()}, TypeError, "targets must be torch.int64"),
         ({"targets": torch.tensor([0, 9, 1])}, RuntimeError, "out of bounds"),
         ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"softcap": float("nan")}, ValueError, "softcap must be positive"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none"),
     ],
     ids=str,

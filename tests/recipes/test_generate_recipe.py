@@ -208,7 +208,7 @@ def test_bad_values_end_in_one_line(recipe, override, message):
     assert out == ""
 
 
-def test_two_sources_of_prompts_are_refused(recipe, tmp_path):
+def test_two_sources_of_prompts_are_refused(recipe):
     status, _ = recipe("prompts=[a,b]", "messages=[{role: user, content: c}]")
     assert "prompts and messages are set" in status
 

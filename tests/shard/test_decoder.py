@@ -18,7 +18,7 @@ from torchtune_fused import Shard, ShardTransformerDecoder
 TOKENS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def parts(layers, n_layers: int = 4) -> dict:
+def parts(layers) -> dict:
     """Arguments of the constructor besides the shard."""
     return {
         "tok_embeddings": nn.Embedding(97, 48),

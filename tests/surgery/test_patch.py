@@ -34,15 +34,17 @@ def results(model, **kwargs):
     }
 
 
+def assert_same(ours, theirs, name="output"):
+    # fp32 with sums in another order, through two layers and a softmax each: fifty times its
+    # rounding, of the largest value.
+    atol = 50 * torch.finfo(torch.float32).eps * theirs.abs().max().item()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
 def assert_same_results(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        # fp32 with sums in another order, through two layers and a softmax each: fifty times its
-        # rounding, of the largest value.
-        atol = 50 * torch.finfo(torch.float32).eps * expected.abs().max().item()
-        torch.testing.assert_close(
-            ours[name], expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_same(ours[name], expected, name)
 
 
 @pytest.mark.parametrize("mask", ["none", "bool"])
@@ -135,7 +137,7 @@ def test_weights_trained_while_patched_stay(llama):
     trained = llama(TOKENS).detach()
     unpatch_model(llama)
     assert not torch.allclose(trained, before)
-    torch.testing.assert_close(llama(TOKENS), trained, rtol=1e-4, atol=1e-4)
+    assert_same(llama(TOKENS), trained)
 
 
 def test_before_weights_are_loaded(build):
@@ -146,7 +148,7 @@ def test_before_weights_are_loaded(build):
     model.load_state_dict(stock.state_dict(), assign=True)
     for attention in modules_of(model, FusedAttention):
         attention.pos_embeddings.rope_init()
-    torch.testing.assert_close(model(TOKENS), stock(TOKENS), rtol=1e-4, atol=1e-4)
+    assert_same(model(TOKENS), stock(TOKENS))
 
 
 def test_copies_are_independent_and_can_be_unpatched(llama):
@@ -195,7 +197,7 @@ def test_lora_added_after_patching(llama):
     assert len(get_adapter_params(llama)) == 8
     unpatch_model(llama)
     assert len(get_adapter_params(llama)) == 8
-    torch.testing.assert_close(llama(TOKENS), patched, rtol=1e-4, atol=1e-4)
+    assert_same(llama(TOKENS), patched)
 
 
 def test_frozen_parameters_stay_frozen(build):
@@ -226,7 +228,7 @@ def test_a_module_in_several_places(llama):
     assert "layers.1.attn" not in report.swapped
     assert llama.layers[1].attn is llama.layers[0].attn
     assert type(llama.layers[1].attn) is FusedAttention
-    torch.testing.assert_close(llama(TOKENS), expected, rtol=1e-4, atol=1e-4)
+    assert_same(llama(TOKENS), expected)
 
 
 def test_fused_modules_that_were_built_are_not_unpatched(llama):
@@ -274,7 +276,7 @@ def test_generate_of_torchtune(model, cached, prompt):
     patch_model(model)
     fused_tokens, fused_logits = run()
     assert torch.equal(fused_tokens, tokens)
-    torch.testing.assert_close(fused_logits, logits, rtol=1e-4, atol=1e-4 * logits.abs().max())
+    assert_same(fused_logits, logits)
 
 
 def test_disabled_caches(llama):
@@ -283,7 +285,7 @@ def test_disabled_caches(llama):
     llama.setup_caches(2, torch.float32, decoder_max_seq_len=16)
     with disable_kv_cache(llama):
         mask = torch.ones(1, 11, 11, dtype=torch.bool).tril()
-        torch.testing.assert_close(llama(TOKENS, mask=mask), expected, rtol=1e-4, atol=1e-4)
+        assert_same(llama(TOKENS, mask=mask), expected)
 
 
 @pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma", "lora_llama3"])
@@ -321,4 +323,4 @@ def test_decoding_compiles_without_graph_breaks(llama):
                 )
             outputs.append(logits)
     for eager, traced in zip(outputs[:3], outputs[3:], strict=True):
-        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+        assert_same(traced, eager)

@@ -65,12 +65,17 @@ class Target:
         the GPUs that torch sees.
 
         Raises:
-            ValueError: If a variable holds something that is no architecture.
+            ValueError: If a variable holds something that is no architecture, or none from 8.0 on.
         """
         if forced := os.environ.get("TORCHTUNE_FUSED_ARCH"):
             return cls((), cls.parse(forced).native[0], forced=True)
         if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             recent = [entry for entry in _entries(listed) if not re.match(r"[1-7]\.", entry)]
+            if not recent:
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST is {listed!r}, but the kernels need 8.0 or later: add "
+                    "such an architecture, or unset it to build for the GPUs present"
+                )
             return cls.parse(";".join(recent))
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return cls.parse(";".join(f"{major}.{minor}" for major, minor in found))

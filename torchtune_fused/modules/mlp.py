@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from torchtune_fused.modules.feed_forward import fuse
-from torchtune_fused.ops.gated_activation import ACTIVATIONS
+from torchtune_fused.ops.gated_activation import ACTIVATIONS, check_activation
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -23,10 +23,7 @@ class MultiLayerPerceptron(nn.Module):
         self, input_dim: int, hidden_dim: int, activation: str = "silu", use_bias: bool = False
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+        check_activation("MultiLayerPerceptron", activation)
         self.activation = activation
         self.gate_proj = nn.Linear(input_dim, hidden_dim, bias=use_bias)
         self.up_proj = nn.Linear(input_dim, hidden_dim, bias=use_bias)

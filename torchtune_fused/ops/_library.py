@@ -226,3 +226,9 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
     """Raises a TypeError unless ``x`` is of a floating-point dtype."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {x.dtype}")
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
+    """Raises a ValueError unless the softcap is positive or absent."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")

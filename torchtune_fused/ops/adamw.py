@@ -51,47 +51,33 @@ def adamw_(
     Raises:
         TypeError: if dtypes differ, or are not as they should be.
         ValueError: if the lists are not equally long, or shapes, strides or devices don't fit.
+        RuntimeError: for either, where it is the CUDA kernel that finds it.
     """
-    op = "adamw_"
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists["steps"] = steps
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{op}: {name} must be {len(params)} tensors, got {len(tensors)}")
-    if not params:
+    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
+    if not any(lists):
         return
-    check_floating(op, "params", params[0])
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
-        _check_like(op, name, lists[name], params)
-    _check_steps(op, steps, params[0])
-    torch.ops.torchtune_fused.adamw_(
-        *map(list, lists.values()), lr, *betas, eps, weight_decay, maximize
-    )
+    # Who takes them checks them, be it the reference, the kernel or the fake, and nobody else: a
+    # model has hundreds of tensors, and steps often.
+    torch.ops.torchtune_fused.adamw_(*lists, lr, *betas, eps, weight_decay, maximize)
     if not is_traced():  # whoever has saved a parameter for a backward pass is to know
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
-# Both look at a whole list at once, and at one tensor after another only to complain: a model has
-# hundreds of them, and steps often.
-def _check_like(op, name, tensors, params):
+def _check(params, grads, exp_avgs, exp_avg_sqs, steps):
+    op = "adamw_"
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in (lists | {"steps": steps}).items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{op}: {name} must be {len(params)} tensors, got {len(tensors)}")
     first = params[0]
-    if (
-        {(t.dtype, t.device) for t in tensors} == {(first.dtype, first.device)}
-        and [t.shape for t in tensors] == [p.shape for p in params]
-        and all(map(Tensor.is_contiguous, tensors))
-    ):
-        return
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", first)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name}[{i}] must be contiguous")
-
-
-def _check_steps(op, steps, param):
-    if {(s.dtype, s.numel(), s.device) for s in steps} == {(torch.float32, 1, param.device)}:
-        return
+    check_floating(op, "params", first)
+    for name, tensors in lists.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            check_tensor(op, f"{name}[{i}]", tensor, param.shape, "params[0]", first)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{op}: {name}[{i}] must be contiguous")
     for i, step in enumerate(steps):
-        check_device(op, f"steps[{i}]", step, "params[0]", param)
+        check_device(op, f"steps[{i}]", step, "params[0]", first)
         if step.dtype != torch.float32 or step.numel() != 1:
             raise TypeError(
                 f"{op}: steps[{i}] must be one torch.float32, got {step.numel()} of {step.dtype}"
@@ -105,6 +91,7 @@ def _check_steps(op, steps, param):
 )
 def _reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, *options):
     eps, weight_decay, maximize = options
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps)
     torch._fused_adamw_(
         params,
         grads,
@@ -124,4 +111,4 @@ def _reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, *o
 
 @torch.library.register_fake("torchtune_fused::adamw_", lib=LIBRARY)
 def _(params, grads, exp_avgs, exp_avg_sqs, steps, *_):
-    pass
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps)

@@ -15,6 +15,7 @@ from torchtune_fused.ops._library import (
     at_least_fp32,
     call,
     check_floating,
+    check_softcap,
     check_tensor,
     define_op,
     register_autograd,
@@ -132,12 +133,6 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if s == 0 or s_kv == 0:
         raise ValueError(f"{op}: q and k must have at least one token each")
-
-
-def check_softcap(op: str, softcap: float | None) -> None:
-    """Raises unless the softcap is positive or absent."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
 
 
 @torch.compiler.assume_constant_result

@@ -16,6 +16,7 @@ from torchtune_fused.ops._library import (
     check_device,
     check_floating,
     check_shape,
+    check_softcap,
     check_tensor,
     define_op,
     is_traced,
@@ -76,8 +77,7 @@ def linear_cross_entropy(
     check_device(op, "targets", targets, "hidden", hidden)
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must be torch.int64, got {targets.dtype}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    check_softcap(op, softcap)
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
