@@ -167,6 +167,11 @@ inline DType floating_dtype(const Tensor& t, const char* name) {
   raise(name, " must be a floating-point tensor, got ", torch::headeronly::toString(dtype));
 }
 
+// What sums of elements are kept in.
+inline ScalarType accumulator_of(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
 // The element type, which must be one that all kernels are instantiated for.
 inline DType half_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();

@@ -7,13 +7,6 @@
 #include "common/torch_utils.h"
 
 namespace torchtune_fused {
-namespace {
-
-ScalarType accumulator_of(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-}  // namespace
 
 Tensor cross_entropy_(Tensor logits, const Tensor& targets, const std::optional<Tensor>& grad,
                       int64_t ignore_index, double softcap, double z_loss, bool backward) {

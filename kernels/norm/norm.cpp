@@ -12,10 +12,6 @@ namespace torchtune_fused {
 
 namespace {
 
-ScalarType statistics_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 // The length of a row, once x and weight are known to fit.
 int64_t checked_dim(const Tensor& x, const Tensor& weight) {
   TTF_CHECK(x.dim() >= 1, "x must have at least one dimension, got a scalar");
@@ -48,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> normalise(const Tensor& x, const std::optiona
   const std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end() - 1);
   Tensor y = allocate(x, x.sizes());
   Tensor sum = residual ? allocate(x, x.sizes()) : allocate(x, {0});
-  Tensor rstd = allocate(x, rows, statistics_type(dtype));
+  Tensor rstd = allocate(x, rows, accumulator_of(dtype));
   launch_rms_norm({.x = dense_x.const_data_ptr(),
                    .residual = residual ? dense_residual.const_data_ptr() : nullptr,
                    .weight = dense_weight.const_data_ptr(),
@@ -89,7 +85,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   check_as_x(grad, "grad", x);
   if (grad_skip) check_as_x(*grad_skip, "grad_skip", x);
   check_device(rstd, "rstd", x);
-  check_dtype(rstd, "rstd", statistics_type(dtype));
+  check_dtype(rstd, "rstd", accumulator_of(dtype));
   check_contiguous(rstd, "rstd");
   TTF_CHECK(rstd.numel() * dim == x.numel(), "rstd must have a number for each row of x, ",
             shape_string(x), ", got ", shape_string(rstd));

@@ -54,10 +54,6 @@ namespace {
 // `x` [b, s, heads, d] as the kernels read it: with a dense last dimension.
 Tensor dense_heads(const Tensor& x) { return x.stride(3) == 1 ? x : dense(x); }
 
-void copy_strides(const Tensor& x, int64_t (&strides)[3]) {
-  for (int i = 0; i < 3; ++i) strides[i] = x.stride(i);
-}
-
 // All but the heads: sizes, tables and positions, with x as the first of the heads.
 RopeParams params_of(const Tensor& x, const Tensor& cos, const Tensor& sin,
                      const std::optional<Tensor>& input_pos, bool interleaved) {
@@ -221,9 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
   plan_rope_backward(p);
 
   const bool fp64 = p.dtype == DType::kFloat64;
-  Tensor partial =
-      allocate(q, {p.of[0].blocks + p.of[1].blocks, int64_t{p.head_dim}},
-                               fp64 ? ScalarType::Double : ScalarType::Float);
+  Tensor partial = allocate(q, {p.of[0].blocks + p.of[1].blocks, int64_t{p.head_dim}},
+                            accumulator_of(p.dtype));
   p.of[0].partial = partial.mutable_data_ptr();
   p.of[1].partial =
       static_cast<char*>(p.of[0].partial) + int64_t{p.of[0].blocks} * p.head_dim * (fp64 ? 8 : 4);
