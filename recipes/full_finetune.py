@@ -52,6 +52,8 @@ def main(cfg: DictConfig) -> None:
                    loss, learning rate, norm of the gradients, tokens (padding included) per second
                    of all processes, MFU and peak memory are logged so often
     """
+    if cfg.get("lora") is not None:
+        raise ValueError("the config has a section lora, which is for lora_finetune.py")
     device, dtype = device_and_dtype(cfg)
     with start_processes(device) as processes:
         plan = make_plan(cfg, processes, dtype, recipe="full_finetune")

@@ -22,7 +22,7 @@ from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.generation import Sampler, TextStream, stream
-from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_config import check_flags, expand_path, parse
 from torchtune_fused.recipe_memory import peak_memory
 from torchtune_fused.recipe_model import device_and_dtype
 from torchtune_fused.shard.pipeline import Pipeline
@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> None:
     max_new_tokens, temperature, top_k, top_p, seed
                     as of torchtune_fused.generate; temperature 0 is greedy
     """
+    check_flags(cfg, "patch", "chat")
     cfg.checkpoint = expand_path(cfg.checkpoint)
     device, dtype = device_and_dtype(cfg)
     tokenizer = config.instantiate(cfg.tokenizer)

@@ -100,6 +100,13 @@ def expand_path(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
+def check_flags(section: DictConfig, *keys: str) -> None:
+    """Raise a ValueError if one of these keys is neither true nor false."""
+    for key in keys:
+        if type(section[key]) is not bool:
+            raise ValueError(f"{key} must be true or false, got {section[key]!r}")
+
+
 def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Point ``--config`` at a file, and take out the overrides that torchtune would misread."""
     at = argv.index("--config") + 1

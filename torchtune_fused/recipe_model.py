@@ -19,8 +19,11 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     """
     try:
         device = utils.get_device(None if cfg.device == "auto" else cfg.device)
+        if cfg.device not in ("auto", None) and torch.device(cfg.device).type != device.type:
+            raise RuntimeError(f"there is none, only {device.type}")
+        torch.empty(0, device=device)  # or nothing but the first weight would say what is wrong
         return device, training.get_dtype(cfg.dtype, device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={cfg.device} dtype={cfg.dtype}: {error}") from error
 
 

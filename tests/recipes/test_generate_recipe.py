@@ -178,6 +178,7 @@ def test_a_conversation_with_a_system_message_is_answered(recipe, tmp_path):
         ("tokenizer=no.such.Tokenizer", "Error loading 'no.such.Tokenizer'"),
         ("device=tpu", "device=tpu"),
         ("dtype=fp7", "fp7"),
+        ("patch=ture", "patch must be true or false, got 'ture'"),
         ("prompt=", "prompt must hold text"),
         ("prompts=[]", "prompts must hold text"),
         ("prompts=[a,1]", "prompts must hold text"),

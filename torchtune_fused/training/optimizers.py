@@ -106,7 +106,11 @@ def check_optimizer(optimizer: DictConfig, lr_scheduler: DictConfig | None) -> N
         raise ValueError(f"optimizer: {error}") from error
     if not isinstance(built, torch.optim.Optimizer):
         raise ValueError(f"optimizer: {optimizer['_component_']} is not an optimizer")
+    if lr_scheduler is None:
+        return
     try:
-        config.instantiate(lr_scheduler, built, num_training_steps=1)
+        built = config.instantiate(lr_scheduler, built, num_training_steps=1)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"lr_scheduler: {error}") from error
+    if not isinstance(built, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(f"lr_scheduler: {lr_scheduler['_component_']} is not a scheduler")
