@@ -94,6 +94,18 @@ def test_the_last_checkpoint_is_what_generate_and_transformers_load(train, run_r
     assert out.startswith(answer)
 
 
+def test_where_a_run_begins_and_ends_is_said(train, caplog, tmp_path):
+    folder = tmp_path / "out"
+    for epochs, message in (
+        (1, f"no checkpoint to go on from in {folder}: starting at the first step"),
+        (2, f"going on from {folder}/step_1: 1 of 2 steps left"),
+        (2, f"going on from {folder}/step_2: 0 of 2 steps left"),
+    ):
+        train(epochs=epochs, max_steps_per_epoch=1, resume=True)
+        assert message in caplog.text
+        assert f"checkpoint written to {folder}/step_{epochs}" in caplog.text
+
+
 def test_speed_memory_and_the_config_are_logged(train, tmp_path):
     train(log_every_n_steps=4)
     lines = (tmp_path / "out/metrics.txt").read_text().splitlines()
