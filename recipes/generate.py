@@ -17,11 +17,11 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import config
 from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.generation import Sampler, TextStream, stream
+from torchtune_fused.recipe_component import instantiate
 from torchtune_fused.recipe_config import check_flags, expand_path, parse
 from torchtune_fused.recipe_memory import peak_memory
 from torchtune_fused.recipe_model import device_and_dtype
@@ -48,7 +48,8 @@ def main(cfg: DictConfig) -> None:
     check_flags(cfg, "patch", "chat")
     cfg.checkpoint = expand_path(cfg.checkpoint)
     device, dtype = device_and_dtype(cfg)
-    tokenizer = config.instantiate(cfg.tokenizer)
+    methods = ("encode", "decode", "tokenize_messages", "stop_tokens", "pad_id")
+    tokenizer = instantiate("tokenizer", cfg.tokenizer, having=methods)
     prompts = read_prompts(cfg)
     prompt_tokens = [tokenize(prompt, tokenizer, cfg) for prompt in prompts]
     sampling = {key: cfg[key] for key in ("temperature", "top_k", "top_p", "seed")}

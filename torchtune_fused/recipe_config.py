@@ -107,6 +107,12 @@ def check_flags(section: DictConfig, *keys: str) -> None:
             raise ValueError(f"{key} must be true or false, got {section[key]!r}")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError if a seed is not an integer that every generator takes."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+
+
 def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Point ``--config`` at a file, and take out the overrides that torchtune would misread."""
     at = argv.index("--config") + 1

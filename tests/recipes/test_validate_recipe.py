@@ -206,6 +206,7 @@ def test_a_checkpoint_is_validated_with_its_weights(recipe, smollm2):
         ("dtype=fp7", "fp7"),
         ("profile=ture", "profile must be true or false, got 'ture'"),
         ("dtype=fp64", "no truth in a wider dtype"),
+        ("seed=x", "seed must be an integer from 0"),
         ("batch_size=0", "batch_size must be an integer >= 1, got 0"),
         ("seq_len=2.5", "seq_len must be an integer >= 1, got 2.5"),
         ("new_tokens=many", "new_tokens must be an integer >= 1, got 'many'"),

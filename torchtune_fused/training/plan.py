@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from datasets.exceptions import DatasetsError
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
-from torchtune import config as components
 from torchtune.training.metric_logging import MetricLoggerInterface
 
 from torchtune_fused.checkpoint.hub import fetch_side_files
 from torchtune_fused.models import ModelConfig, load_model_config
-from torchtune_fused.recipe_config import check_flags, expand_path
+from torchtune_fused.recipe_component import instantiate
+from torchtune_fused.recipe_config import check_flags, check_seed, expand_path
 from torchtune_fused.training.checkpoints import CheckpointFolder
 from torchtune_fused.training.data import Schedule, build_dataset
 from torchtune_fused.training.optimizers import check_optimizer
@@ -80,7 +80,6 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
         InstantiationError: If there is no such component.
     """
     _check_values(cfg, processes, dtype)
-    _check_components(cfg)
     check_optimizer(cfg.optimizer, cfg.lr_scheduler)
     cfg.output_dir = expand_path(cfg.output_dir)  # for loggers, which don't
     model = load_model_config(fetch_side_files(expand_path(cfg.checkpoint)))
@@ -91,7 +90,7 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
             f"{resumed} is a checkpoint of an earlier run: continue it by resume=true, or choose "
             "another output_dir"
         )
-    loss = _build("loss", cfg.loss, "ignore_index")
+    loss = instantiate("loss", cfg.loss, having=("ignore_index",))
     dataset, pad_id = _read_data(cfg, model)
     schedule = Schedule(
         rows=len(dataset),
@@ -119,7 +118,8 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
     checkpoints.check()
     logger = None
     if cfg.metric_logger is not None and processes.is_first:
-        logger = _build("metric_logger", cfg.metric_logger, "log_config", "log_dict", "close")
+        methods = ("log_config", "log_dict", "close")
+        logger = instantiate("metric_logger", cfg.metric_logger, having=methods)
     return Plan(
         processes=processes,
         model=model,
@@ -149,8 +149,7 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
         if not (type(value) is int and value >= 1) and not (value is None and key in optional):
             null = " or null" if key in optional else ""
             raise ValueError(f"{key} must be an integer >= 1{null}, got {value!r}")
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {cfg.seed!r}")
+    check_seed(cfg.seed)
     norm = cfg.clip_grad_norm
     if norm is not None and not (type(norm) in (int, float) and norm > 0):
         raise ValueError(f"clip_grad_norm must be a number above 0 or null, got {norm!r}")
@@ -173,16 +172,6 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
             )
 
 
-def _check_components(cfg: DictConfig) -> None:
-    for key in ("tokenizer", "dataset", "loss", "optimizer", "lr_scheduler", "metric_logger"):
-        if cfg[key] is None and key in ("lr_scheduler", "metric_logger"):
-            continue
-        for part in cfg[key] if isinstance(cfg[key], ListConfig) else [cfg[key]]:
-            name = part.get("_component_") if isinstance(part, DictConfig) else None
-            if not (isinstance(name, str) and name):
-                raise ValueError(f"{key} must name a component, got {name or part!r}")
-
-
 def _identity(model: ModelConfig) -> dict[str, Any]:
     """What tells a model from others, as plain values."""
     sizes = {field.name: getattr(model, field.name) for field in fields(model) if field.compare}
@@ -191,7 +180,7 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
 
 def _read_data(cfg: DictConfig, model: ModelConfig) -> tuple[Dataset, int]:
     """The dataset, of which the first row has been seen, and the token that fills up rows."""
-    tokenizer = _build("tokenizer", cfg.tokenizer, "pad_id")
+    tokenizer = instantiate("tokenizer", cfg.tokenizer, having=("pad_id",))
     length = getattr(tokenizer, "max_seq_len", None)
     if length is not None and not (type(length) is int and length >= 1):
         raise ValueError(f"tokenizer.max_seq_len must be an integer >= 1 or null, got {length!r}")
@@ -244,15 +233,3 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping)
         flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
-
-
-def _build(name: str, component: DictConfig, *attributes: str) -> Any:
-    """A component, which must have some attributes."""
-    try:
-        built = components.instantiate(component)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    for attribute in attributes:
-        if not hasattr(built, attribute):
-            raise ValueError(f"{name}: {component['_component_']} is none: it has no {attribute}")
-    return built
