@@ -1,5 +1,6 @@
 """Every option of torchtune's own fine-tuning recipes, stock and fused, on a tiny model."""
 
+import json
 import os
 import re
 import subprocess
@@ -194,6 +195,26 @@ def test_two_processes_of_the_lora_recipe_run_fused(train):
 
 # A rounding of bf16, for what other orders of sums become in six steps (1.2e-3 was seen).
 IN_BF16 = 2**-8
+
+
+def test_preference_optimization_runs_fused(train, pairs, tmp_path):
+    """The same model, with its adapters and without, gives both of the logits that DPO compares."""
+    question = [{"role": "user", "content": pair["instruction"]} for pair in pairs]
+    answer = [{"role": "assistant", "content": pair["output"]} for pair in pairs]
+    rows = [
+        {"chosen": [asked, good], "rejected": [asked, bad]}
+        for asked, good, bad in zip(question, answer, answer[::-1], strict=True)
+    ]
+    (tmp_path / "preferences.json").write_text(json.dumps(rows))
+    overrides = {
+        "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"},
+        "dataset._component_": "torchtune.datasets.preference_dataset",
+        "dataset.data_files": str(tmp_path / "preferences.json"),
+    }
+    stock = train("lora_dpo_single_device", False, **overrides)
+    assert stock[-1] != stock[0]
+    fused = train("lora_dpo_single_device", True, **overrides)
+    assert fused == pytest.approx(stock, rel=1e-5)  # fp32 sums in another order
 
 
 @pytest.mark.parametrize("teacher", ["stock", "fused"])
