@@ -31,7 +31,7 @@ def instantiate(
         raise ValueError(f"{key} must name a component, got {path or component!r}")
     try:
         built = config.instantiate(component, *args, **kwargs)
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (ImportError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{key}: {error}") from error
     for attribute in having:
         if not hasattr(built, attribute):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,15 @@ def test_a_broken_file_of_data_is_an_error(
     overrides = {"checkpoint": without_weights, "dataset.data_files": file}
     status, _ = run_recipe(RECIPE, *settings(**overrides))
     assert message in status
+
+
+def test_a_logger_that_is_not_installed_is_an_error(
+    run_recipe, settings, without_weights, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    logger = "torchtune.training.metric_logging.WandBLogger"
+    status, _ = run_recipe(RECIPE, *settings(checkpoint=without_weights, metric_logger=logger))
+    assert status.startswith("error: metric_logger: ``wandb`` package not found")
 
 
 def test_a_folder_that_can_not_be_written_to_is_found_before_weights_are_read(
