@@ -24,7 +24,8 @@ from torchtune_fused.benchmarks.runner import hold
 from torchtune_fused.benchmarks.setting import Setting, count
 from torchtune_fused.benchmarks.table import table
 from torchtune_fused.benchmarks.train import train
-from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.generation import Sampler
+from torchtune_fused.recipe_config import check_seed, expand_path, parse
 
 SECTIONS = {
     "decode": decode,
@@ -89,7 +90,7 @@ def main(cfg: DictConfig) -> str | None:
         report["contests"].append(outcome)
         if cfg.output is not None:  # after each, so that what fails later takes nothing with it
             write(report, Path(expand_path(cfg.output)))
-    if cfg.output is not None:
+    if cfg.output is not None and any(contest["systems"] for contest in report["contests"]):
         draw(report, Path(expand_path(cfg.output)))
     skipped = [(c["work"], *item) for c in report["contests"] for item in c["skipped"].items()]
     failed = [f"{work}, {who}: {why}" for work, who, why in skipped if who not in PEERS]
@@ -99,18 +100,24 @@ def main(cfg: DictConfig) -> str | None:
 def check(cfg: DictConfig) -> None:
     """Raise a ValueError if the config asks for what there is not."""
     count("rounds", cfg.rounds)
+    check_seed(cfg.seed)
+    Sampler(temperature=cfg.temperature, top_k=cfg.top_k)
     for key, known in (("sections", SECTIONS), ("peers", PEERS)):
         if not OmegaConf.is_list(cfg[key]):
             raise ValueError(f"{key} must be a list of {', '.join(known)}; got {cfg[key]!r}")
+        if key == "sections" and not cfg.sections:
+            raise ValueError("sections is empty: name one")
         if unknown := [name for name in cfg[key] if name not in known]:
             raise ValueError(f"{key}: there is no {unknown[0]!r}, only {', '.join(known)}")
-    if cfg.output is not None and Path(cfg.output).suffix != ".json":
-        raise ValueError(f"output must be a .json file, got {cfg.output!r}")
+    if cfg.output is not None:
+        path = Path(expand_path(cfg.output))
+        if path.suffix != ".json":
+            raise ValueError(f"output must be a .json file, got {cfg.output!r}")
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1))
 
 

@@ -26,7 +26,8 @@ def main(cfg: DictConfig) -> None:
 
     checkpoint     folder of the model, or a repository of the Hugging Face Hub
     tokenizer, dataset, loss, optimizer, lr_scheduler, metric_logger
-                   components, as in torchtune's recipes; lr_scheduler may be null, dataset a list
+                   components, as in torchtune's recipes; lr_scheduler and metric_logger may be
+                   null, dataset a list
     device, dtype  auto, cuda or cpu; fp32 or bf16
     patch          whether to swap in the fused modules
     compile        whether to compile layers and loss
@@ -45,13 +46,16 @@ def main(cfg: DictConfig) -> None:
     output_dir     where checkpoints go: folders step_<number>, which `generate` and transformers
                    load, and the config
     resume         whether to go on from the newest checkpoint in it, if there is one; the losses
-                   are those of a run that was never stopped
+                   are those of a run that was never stopped, so model, optimizer, schedule and rows
+                   must be those it began with
     save_every_n_steps, keep_last_n_checkpoints
                    a checkpoint is written so often (null: only at the end), the newest are kept
     log_every_n_steps
                    loss, learning rate, norm of the gradients, tokens (padding included) per second
                    of all processes, MFU and peak memory are logged so often
     """
+    if cfg.get("lora") is not None:
+        raise ValueError("the config has a section lora, which is for lora_finetune.py")
     device, dtype = device_and_dtype(cfg)
     with start_processes(device) as processes:
         plan = make_plan(cfg, processes, dtype, recipe="full_finetune")

@@ -17,12 +17,12 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import config
 from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.generation import Sampler, TextStream, stream
-from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_component import instantiate
+from torchtune_fused.recipe_config import check_flags, expand_path, parse
 from torchtune_fused.recipe_memory import peak_memory
 from torchtune_fused.recipe_model import device_and_dtype
 from torchtune_fused.shard.pipeline import Pipeline
@@ -45,9 +45,11 @@ def main(cfg: DictConfig) -> None:
     max_new_tokens, temperature, top_k, top_p, seed
                     as of torchtune_fused.generate; temperature 0 is greedy
     """
+    check_flags(cfg, "patch", "chat")
     cfg.checkpoint = expand_path(cfg.checkpoint)
     device, dtype = device_and_dtype(cfg)
-    tokenizer = config.instantiate(cfg.tokenizer)
+    methods = ("encode", "decode", "tokenize_messages", "stop_tokens", "pad_id")
+    tokenizer = instantiate("tokenizer", cfg.tokenizer, having=methods)
     prompts = read_prompts(cfg)
     prompt_tokens = [tokenize(prompt, tokenizer, cfg) for prompt in prompts]
     sampling = {key: cfg[key] for key in ("temperature", "top_k", "top_p", "seed")}

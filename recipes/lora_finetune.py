@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtune_fused import ShardTransformerDecoder
 from torchtune_fused.checkpoint.peft import read_adapter, write_adapter
 from torchtune_fused.checkpoint.pretrained import write_pretrained
-from torchtune_fused.recipe_config import expand_path, parse
+from torchtune_fused.recipe_config import check_flags, expand_path, parse
 from torchtune_fused.recipe_model import device_and_dtype
 from torchtune_fused.training.lora import adapter_weights, read_lora
 from torchtune_fused.training.plan import make_plan
@@ -42,7 +42,8 @@ def main(cfg: DictConfig) -> None:
     all other keys as of full_finetune (see its --help)
     """
     device, dtype = device_and_dtype(cfg)
-    lora = read_lora(cfg.lora)
+    lora = read_lora(cfg.get("lora"))
+    check_flags(cfg, "save_adapter_weights_only")
     with start_processes(device) as processes:
         plan = make_plan(cfg, processes, dtype, recipe="lora_finetune", lora=asdict(lora))
         lora.check(plan.model)

@@ -100,6 +100,19 @@ def expand_path(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
+def check_flags(section: DictConfig, *keys: str) -> None:
+    """Raise a ValueError if one of these keys is neither true nor false."""
+    for key in keys:
+        if type(section[key]) is not bool:
+            raise ValueError(f"{key} must be true or false, got {section[key]!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise a ValueError if a seed is not an integer that every generator takes."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+
+
 def _prepare(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Point ``--config`` at a file, and take out the overrides that torchtune would misread."""
     at = argv.index("--config") + 1

@@ -3,9 +3,10 @@
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import config, training, utils
+from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
+from torchtune_fused.recipe_component import instantiate
 from torchtune_fused.recipe_config import expand_path
 from torchtune_fused.shard import ShardTransformerDecoder
 from torchtune_fused.surgery import patch_model
@@ -19,8 +20,11 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     """
     try:
         device = utils.get_device(None if cfg.device == "auto" else cfg.device)
+        if cfg.device not in ("auto", None) and torch.device(cfg.device).type != device.type:
+            raise RuntimeError(f"there is none, only {device.type}")
+        torch.empty(0, device=device)  # or nothing but the first weight would say what is wrong
         return device, training.get_dtype(cfg.dtype, device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={cfg.device} dtype={cfg.dtype}: {error}") from error
 
 
@@ -49,7 +53,7 @@ def load_model(
         raise ValueError("checkpoint and model are both null: set one of them")
     torch.manual_seed(cfg.seed)
     with training.set_default_dtype(dtype), device:
-        model = config.instantiate(cfg.model)
+        model = instantiate("model", cfg.model)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)

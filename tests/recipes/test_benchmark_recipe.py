@@ -176,6 +176,14 @@ def test_if_we_fail_the_others_have_their_figures_and_the_exit_status_is_1(recip
     assert prefill["systems"].keys() == {"torchtune", "torchtune-fused"}
 
 
+def test_where_nobody_has_figures_there_is_no_picture_and_the_reason_is_said(recipe, tmp_path):
+    status, out, report = recipe("sections=[train]", "loss._component_=torch.nn.L1Loss", "peers=[]")
+    assert status.startswith("no figures of train 2 x 16, torchtune-fused: RuntimeError: ")
+    assert "skipped: RuntimeError" in out
+    assert report["contests"][0]["systems"] == {}
+    assert not (tmp_path / "out/report.png").exists()
+
+
 def test_without_matplotlib_the_report_is_written_and_the_plot_is_said_to_be_missing(
     recipe, monkeypatch
 ):
@@ -212,8 +220,12 @@ def test_loading_is_measured_in_fresh_processes(recipe, tmp_path):
     ("override", "message"),
     [
         ("sections=[decode,dream]", "sections: there is no 'dream', only decode, prefill"),
+        ("sections=[]", "sections is empty"),
         ("sections=decode", "sections must be a list of decode, prefill"),
         ("peers=[vllm]", "peers: there is no 'vllm', only torchtune"),
+        ("seed=x", "seed must be an integer from 0 to 2**32 - 1, got 'x'"),
+        ("temperature=hot", "temperature must be a finite number >= 0, got 'hot'"),
+        ("top_k=0", "top_k must be an integer >= 1"),
         ("rounds=0", "rounds must be an integer >= 1, got 0"),
         ("sections=[first_token]", "first_token loads a checkpoint: set checkpoint to a folder"),
         ("checkpoint=/nowhere", "/nowhere: no such file or folder"),
@@ -222,16 +234,19 @@ def test_loading_is_measured_in_fresh_processes(recipe, tmp_path):
         ("model=torch.nn.Identity", "expected a torchtune TransformerDecoder, got Identity"),
         ("model.wheels=4", "unexpected keyword argument 'wheels'"),
         ("loss._component_=no.such.loss", "Error loading 'no.such.loss'"),
+        ("loss=null", "loss must name a component, got None"),
         ("device=tpu", "device=tpu"),
         ("dtype=fp7", "fp7"),
         ("train.shapes=[2,16]", "train.shapes must list [batch size, tokens] pairs"),
         ("train.shapes=[[2,0]]", "train.shapes must be an integer >= 1, got 0"),
         ("train.shapes=[[1,65]]", "65 tokens exceed the model's max_seq_len of 64"),
+        ("decode.new_tokns=4", "decode has no 'new_tokns', only shapes, new_tokens or model"),
         ("decode.new_tokens=1", "decode.new_tokens must be at least 2"),
         ("decode.new_tokens=60", "69 tokens exceed the model's max_seq_len of 64"),
         ("lora.model=null", "section lora needs lora.model"),
         ("lora.model._component_=torchtune_fused.fused_model", "'builder'"),
         ("packed=null", "the config has no 'packed'"),
+        ("output=/dev/null/report.json", "File exists: '/dev/null'"),
         ("output=report.txt", "output must be a .json file"),
         ("round=3", "the config has no 'round'"),
     ],

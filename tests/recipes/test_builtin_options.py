@@ -1,5 +1,6 @@
 """Every option of torchtune's own fine-tuning recipes, stock and fused, on a tiny model."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from torchtune._cli.tune import main as tune
 
 from torchtune_fused.build import load_kernels
 
+FUSED = "torchtune_fused.fused_model"
 BUILDERS = {
     "full": "torchtune.models.llama3_2.llama3_2",
     "lora": "torchtune.models.llama3_2.lora_llama3_2",
@@ -111,7 +113,7 @@ OPTIONS = {
 def train(tiny_models, data, tmp_path, monkeypatch):
     """Losses of six steps of a built-in recipe on a tiny model."""
 
-    def train(recipe, fused, *, processes=1, device="cpu", **overrides):
+    def train(recipe, fused, *, kind=None, processes=1, device="cpu", **overrides):
         folder = tmp_path / f"{fused}-{processes}"
         config = OmegaConf.create(CONFIG)
         config.output_dir = str(folder)
@@ -123,10 +125,11 @@ def train(tiny_models, data, tmp_path, monkeypatch):
             config.device, config.dtype = device, "bf16"
         else:  # all but the C++ compiler's minute
             monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
-        kind = recipe[:4]
+        kind = kind or recipe[:4]
         component = {"_component_": BUILDERS[kind]}
         if fused:
-            component = {"_component_": "torchtune_fused.fused_model", "builder": BUILDERS[kind]}
+            component = {"_component_": FUSED, "builder": BUILDERS[kind]}
+            config.loss._component_ = "torchtune_fused.modules.CEWithChunkedOutputLoss"
             config.optimizer._component_ = "torchtune_fused.AdamW"
         config.model = {**component, **sizes, **(LORA if kind == "lora" else {})}
         for key, value in overrides.items():
@@ -194,6 +197,43 @@ def test_two_processes_of_the_lora_recipe_run_fused(train):
 
 # A rounding of bf16, for what other orders of sums become in six steps (1.2e-3 was seen).
 IN_BF16 = 2**-8
+
+
+def test_preference_optimization_runs_fused(train, pairs, tmp_path):
+    """The same model, with its adapters and without, gives both of the logits that DPO compares."""
+    question = [{"role": "user", "content": pair["instruction"]} for pair in pairs]
+    answer = [{"role": "assistant", "content": pair["output"]} for pair in pairs]
+    rows = [
+        {"chosen": [asked, good], "rejected": [asked, bad]}
+        for asked, good, bad in zip(question, answer, answer[::-1], strict=True)
+    ]
+    (tmp_path / "preferences.json").write_text(json.dumps(rows))
+    overrides = {
+        "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"},
+        "dataset._component_": "torchtune.datasets.preference_dataset",
+        "dataset.data_files": str(tmp_path / "preferences.json"),
+    }
+    stock = train("lora_dpo_single_device", False, **overrides)
+    assert stock[-1] != stock[0]
+    fused = train("lora_dpo_single_device", True, **overrides)
+    assert fused == pytest.approx(stock, rel=1e-5)  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("teacher", ["stock", "fused"])
+def test_knowledge_distillation_runs_fused(train, teacher):
+    """Both of its losses are computed from the same outputs."""
+    recipe = "knowledge_distillation_single_device"
+    overrides = {
+        "kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"},
+        "kd_ratio": 0.5,
+        "teacher_model": {"_component_": BUILDERS["full"], **TINY},
+        "teacher_checkpointer": "${checkpointer}",
+    }
+    stock = train(recipe, False, kind="lora", **overrides)
+    if teacher == "fused":
+        overrides["teacher_model"] = {**TINY, "_component_": FUSED, "builder": BUILDERS["full"]}
+    fused = train(recipe, True, kind="lora", **overrides)
+    assert fused == pytest.approx(stock, rel=1e-5)  # fp32 sums in another order
 
 
 @pytest.mark.gpu

@@ -101,7 +101,13 @@ def test_only_adapters_are_trained(train, tiny_models, tmp_path):
         ({"lora.lora_attn_modules": "[q_proj,z_proj]"}, "attention has no 'z_proj'; it has q_proj"),
         ({"lora.lora_attn_modules": "[]", "lora.apply_lora_to_mlp": False}, "to no module"),
         ({"lora.apply_lora_to_output": True}, "the head of this model is its embedding"),
+        ({"lora": None}, "lora must be a section of the config, got None"),
+        ({"lora.lora_attn_modules": "q_proj"}, "lora_attn_modules must be a list, got 'q_proj'"),
+        ({"lora.apply_lora_to_mlp": "flase"}, "apply_lora_to_mlp must be true or false"),
         ({"lora.lora_rank": 0}, "lora_rank must be an integer >= 1, got 0"),
+        ({"lora.lora_alpha": 0}, "lora_alpha must be a number above 0, got 0"),
+        ({"lora.lora_alpha": "big"}, "lora_alpha must be a number above 0, got 'big'"),
+        ({"save_adapter_weights_only": "yes please"}, "save_adapter_weights_only must be true or"),
         ({"lora.lora_dropout": 1}, "lora_dropout must be from 0 to below 1, got 1"),
         ({"lora.use_dora": True}, "DoRA is not supported"),
         ({"lora.colour": "red"}, "lora: got an unexpected keyword argument 'colour'"),
@@ -122,16 +128,28 @@ def test_bad_configs_end_in_one_line_before_weights_are_read(
 
 def test_a_full_run_or_another_rank_is_not_continued(train, run_recipe, settings):
     train(max_steps_per_epoch=1)
-    for recipe, overrides in (("full_finetune", {}), (RECIPE, {"lora.lora_rank": 2})):
+    for recipe, overrides, message in (
+        ("full_finetune", {}, "its recipe was lora_finetune, and is full_finetune now"),
+        (RECIPE, {"lora.lora_rank": 2}, "its lora.lora_rank was 16, and is 2 now"),
+    ):
         values = {"max_steps_per_epoch": 1, "resume": True, **overrides}
         status, _ = run_recipe(recipe, *settings(**values))
-        assert "can't be resumed: its lora was" in status
+        assert f"can't be resumed: {message}" in status
+
+
+def test_another_base_is_not_trained_on(train, run_recipe, settings, tiny_models, tmp_path):
+    """Its adapters would fit, and mean nothing."""
+    train(max_steps_per_epoch=1)
+    other = shutil.copytree(tiny_models["tied"], tmp_path / "other")
+    overrides = {"max_steps_per_epoch": 1, "resume": True, "checkpoint": other}
+    status, _ = run_recipe(RECIPE, *settings(**overrides))
+    assert "can't be resumed: its model.name was tied, and is other now" in status
 
 
 def test_a_checkpoint_without_its_adapter_is_named(train, run_recipe, settings, tmp_path):
     train(max_steps_per_epoch=1, epochs=1)
     adapter = tmp_path / "out/step_1/adapter/adapter_model.safetensors"
-    overrides = {"max_steps_per_epoch": 1, "epochs": 2, "resume": True}
+    overrides = {"max_steps_per_epoch": 1, "epochs": 2, "optimizer.lr": 1e-2, "resume": True}
     adapter.write_bytes(b"cut")
     status, _ = run_recipe(RECIPE, *settings(**overrides))
     assert f"{adapter}: not a safetensors file" in status

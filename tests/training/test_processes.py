@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -56,6 +57,9 @@ def test_fused_modules_run_fused_on_sharded_parameters(alone):
     assert training_flops(model, 2, 9) == training_flops(whole, 2, 9)
     tokens = torch.randint(0, 50, (2, 9))
     with SeenOps() as seen:
+        model(tokens)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FSDP2")  # of what would trouble users
         logits = model(tokens)
     assert {"rms_norm", "gated_mlp"} <= seen.names
     expected = whole(tokens)

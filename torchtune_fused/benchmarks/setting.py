@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchtune import config
 from torchtune.modules import TransformerDecoder
 
 from torchtune_fused.models.builder import build_decoder
 from torchtune_fused.models.config import load_model_config
+from torchtune_fused.recipe_component import instantiate
 from torchtune_fused.recipe_config import expand_path
 from torchtune_fused.recipe_model import device_and_dtype, load_model
 
@@ -44,7 +44,7 @@ class Setting:
             # On the command line, torchtune takes model=null for its component.
             if self.cfg.model is None or self.cfg.model.get("_component_") is None:
                 raise ValueError("checkpoint and model are both null: set one of them")
-            model = instantiate(self.cfg.model)
+            model = instantiate("model", self.cfg.model)
         if not isinstance(model, TransformerDecoder):
             raise ValueError(
                 f"{self.cfg.model['_component_']}: expected a torchtune TransformerDecoder, got "
@@ -78,11 +78,14 @@ class Setting:
         """The part of the config that a section reads.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or it has a key that none has.
         """
-        if self.cfg.get(name) is None:
+        section = self.cfg.get(name)
+        if section is None:
             raise ValueError(f"the config has no {name!r}, which the section {name} reads")
-        return self.cfg[name]
+        if unknown := set(section) - {"shapes", "new_tokens", "model"}:
+            raise ValueError(f"{name} has no {unknown.pop()!r}, only shapes, new_tokens or model")
+        return section
 
     def shapes(self, name: str) -> list[tuple[int, int]]:
         """The pairs of batch size and tokens that a section lists.
@@ -95,14 +98,6 @@ class Setting:
         if not plain or not all(isinstance(s, list) and len(s) == 2 for s in plain):
             raise ValueError(f"{name}.shapes must list [batch size, tokens] pairs, got {shapes}")
         return [(count(f"{name}.shapes", b), count(f"{name}.shapes", t)) for b, t in plain]
-
-
-def instantiate(component: DictConfig) -> Any:
-    """What a component of the config builds; ValueError if its arguments are wrong."""
-    try:
-        return config.instantiate(component)
-    except TypeError as error:
-        raise ValueError(f"{component['_component_']}: {error}") from error
 
 
 def count(key: str, value: Any) -> int:

@@ -12,7 +12,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from torchtune_fused import AdamW
 from torchtune_fused.benchmarks.contest import COMPILED, OURS, TORCHTUNE, System
-from torchtune_fused.benchmarks.setting import Setting, instantiate
+from torchtune_fused.benchmarks.setting import Setting
+from torchtune_fused.recipe_component import instantiate
 
 Inputs = Callable[[], dict[str, Tensor]]
 
@@ -27,13 +28,13 @@ def torchtune_trainers(setting: Setting, inputs: Inputs, labels: Tensor) -> dict
         inputs (Inputs): Makes the arguments of the model, once a step.
         labels (Tensor): int64 ``[b, s]``, already shifted.
     """
-    instantiate(setting.cfg.loss)  # what is wrong with it shows before anything is loaded
+    instantiate("loss", setting.cfg.loss)  # what is wrong with it shows before anything is loaded
 
     def build(*, patch: bool = False, compiled: bool = False) -> Callable[[], Tensor]:
         model = setting.load_model(patch=patch).train()
         if adapters := get_adapter_params(model):
             set_trainable_params(model, adapters)
-        loss = instantiate(setting.cfg.loss) if patch else CEWithChunkedOutputLoss()
+        loss = instantiate("loss", setting.cfg.loss) if patch else CEWithChunkedOutputLoss()
         if compiled:  # as `compile: True` does it in torchtune's recipes
             training.compile_model(model, verbose=False)
             loss = training.compile_loss(loss, verbose=False)

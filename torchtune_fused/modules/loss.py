@@ -45,13 +45,13 @@ class LinearCrossEntropyLoss(stock.CEWithChunkedOutputLoss):
     def set_model_output(self, model: TransformerDecoder) -> None:
         """Make a model return hidden states from now on, and use its head here.
 
-        Call it after FSDP has been applied.
+        Call it after FSDP has been applied. A model that was set before has its head back.
 
         Args:
             model (TransformerDecoder): A patched or sharded decoder. If its head has more to it
                 than a weight, or is parallel, it returns chunks of logits instead.
         """
-        self._obstacle = _obstacle(model)
+        self.return_head(_obstacle(model))
         if self._obstacle is not None:
             model.set_num_output_chunks(int(self.num_output_chunks))
             return
@@ -60,6 +60,12 @@ class LinearCrossEntropyLoss(stock.CEWithChunkedOutputLoss):
             model.set_reshard_after_forward(False, recurse=False)
         self._model = (model,)
         model.skip_output_layer = True
+
+    def return_head(self, reason: str | None) -> None:
+        """Let the model compute logits again; ``reason`` is what a warning says of that."""
+        for model in self._model:
+            model.skip_output_layer = False
+        self._model, self._obstacle = (), reason
 
     def forward(self, outputs: Tensor | list[Tensor], targets: Tensor) -> Tensor:
         """The mean loss of the tokens that are not ignored.
@@ -145,7 +151,11 @@ class CEWithChunkedOutputLoss(LinearCrossEntropyLoss):
 
 
 class ChunkCount(int):
-    """A number of chunks that knows which loss wants them."""
+    """A number of chunks that knows which loss wants them.
+
+    A recipe that compares it with another loss's number is about to hand both of them the same
+    outputs, as torchtune's do for knowledge distillation. So the model keeps its head then.
+    """
 
     loss: LinearCrossEntropyLoss
 
@@ -153,6 +163,12 @@ class ChunkCount(int):
         count = super().__new__(cls, value)
         count.loss = loss
         return count
+
+    def __eq__(self, other: object) -> bool:
+        self.loss.return_head("another loss needs the logits too")
+        return super().__eq__(other)
+
+    __hash__ = int.__hash__
 
 
 def leave_head(hidden: Tensor, view: Tensor) -> None:

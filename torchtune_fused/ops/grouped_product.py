@@ -59,7 +59,7 @@ def grouped_linear(
             *others,
         )
         if ops.grouped_product_takes(*product):
-            return [out.view(*shape, out.shape[1]) for out in ops.grouped_product(*product)]
+            return [_reshaped(out, shape) for out in ops.grouped_product(*product)]
     if rotation is not None:
         q, k, v = grouped_linear(x, weights, biases, low, bs)
         return [*rotate_heads(q, k, rotation), v]
@@ -69,7 +69,12 @@ def grouped_linear(
             out.addmm_(own, b.t())
     if addend is not None:
         outs[0] += rows_of(addend)
-    return [out.view(*shape, out.shape[1]) for out in outs]
+    return [_reshaped(out, shape) for out in outs]
+
+
+def _reshaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    # As F.linear does it: the result is no view, of which FSDP2 warns at the end of a layer.
+    return torch.ops.aten._unsafe_view.default(rows, [*shape, rows.shape[1]])
 
 
 def sum_of_products(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 _COMPLETE = re.compile(r"step_(\d+)")
 _SAVING, _DELETING = ".saving-", ".deleting-"
@@ -32,6 +33,12 @@ class CheckpointFolder:
     def newest(self) -> tuple[int, Path] | None:
         """Number of steps and folder of the newest checkpoint, None if there is none."""
         return max(self._complete(), default=None)
+
+    def check(self) -> None:
+        """Make the folder, if it is not there; raises an OSError if it can't be written to."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=self._folder):
+            pass
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:

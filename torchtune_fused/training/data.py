@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchtune import config
 from torchtune.data import padded_collate_packed, padded_collate_sft
 from torchtune.datasets import ConcatDataset, PackedDataset
+
+from torchtune_fused.recipe_component import instantiate
 
 Batch = dict[str, Any]
 
@@ -95,8 +96,8 @@ class Schedule:
 def build_dataset(components: DictConfig | ListConfig, tokenizer: Any) -> Dataset:
     """The dataset of a config: one component, or a list of them, one behind the other."""
     if isinstance(components, ListConfig):
-        return ConcatDataset([config.instantiate(part, tokenizer) for part in components])
-    return config.instantiate(components, tokenizer)
+        return ConcatDataset([instantiate("dataset", part, tokenizer) for part in components])
+    return instantiate("dataset", components, tokenizer)
 
 
 def read_steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ class LoRA:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
+        for key in ("apply_lora_to_mlp", "apply_lora_to_output", "use_dora"):
+            if type(getattr(self, key)) is not bool:
+                raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        if not isinstance(self.lora_attn_modules, list | tuple):
+            raise ValueError(f"lora_attn_modules must be a list, got {self.lora_attn_modules!r}")
         for name in self.lora_attn_modules:
             if name not in _ATTENTION:
                 raise ValueError(
@@ -54,7 +60,9 @@ class LoRA:
             raise ValueError("LoRA is applied to no module: name some in lora_attn_modules")
         if type(self.lora_rank) is not int or self.lora_rank < 1:
             raise ValueError(f"lora_rank must be an integer >= 1, got {self.lora_rank!r}")
-        if not 0 <= self.lora_dropout < 1:
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}")
+        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout!r}")
         if self.use_dora:
             raise ValueError(
@@ -131,12 +139,14 @@ class LoRA:
         return merged
 
 
-def read_lora(section: DictConfig) -> LoRA:
+def read_lora(section: DictConfig | None) -> LoRA:
     """The LoRA that a section of a config describes.
 
     Raises:
-        ValueError: As of LoRA, or if a key is missing or unknown.
+        ValueError: As of LoRA, or if there is no section, or a key is missing or unknown.
     """
+    if not isinstance(section, DictConfig):
+        raise ValueError(f"lora must be a section of the config, got {section!r}")
     try:
         return LoRA(**OmegaConf.to_container(section, resolve=True))
     except TypeError as error:

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torchtune import config, training
 
+from torchtune_fused.recipe_component import instantiate
+
 
 class Optimizers:
     """One optimizer for all trainable parameters; or one for each, which spares the gradients.
@@ -100,13 +102,11 @@ def check_optimizer(optimizer: DictConfig, lr_scheduler: DictConfig | None) -> N
     Raises:
         ValueError: If they can't be built, or are none.
     """
-    try:
-        built = config.instantiate(optimizer, [nn.Parameter(torch.zeros(1))])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+    built = instantiate("optimizer", optimizer, [nn.Parameter(torch.zeros(1))])
     if not isinstance(built, torch.optim.Optimizer):
         raise ValueError(f"optimizer: {optimizer['_component_']} is not an optimizer")
-    try:
-        config.instantiate(lr_scheduler, built, num_training_steps=1)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"lr_scheduler: {error}") from error
+    if lr_scheduler is None:
+        return
+    built = instantiate("lr_scheduler", lr_scheduler, built, num_training_steps=1)
+    if not isinstance(built, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(f"lr_scheduler: {lr_scheduler['_component_']} is not a scheduler")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets.exceptions import DatasetsError
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
-from torchtune import config as components
 from torchtune.training.metric_logging import MetricLoggerInterface
 
 from torchtune_fused.checkpoint.hub import fetch_side_files
 from torchtune_fused.models import ModelConfig, load_model_config
-from torchtune_fused.recipe_config import expand_path
+from torchtune_fused.recipe_component import instantiate
+from torchtune_fused.recipe_config import check_flags, check_seed, expand_path
 from torchtune_fused.training.checkpoints import CheckpointFolder
 from torchtune_fused.training.data import Schedule, build_dataset
 from torchtune_fused.training.optimizers import check_optimizer
@@ -76,19 +76,21 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
         ValueError: If a value is out of range, parts don't fit together, or the folder holds the
             checkpoints of a run that this one does not continue.
         FileNotFoundError: If the model or a file of the dataset is absent.
+        OSError: If checkpoints can't be written to the folder.
         InstantiationError: If there is no such component.
     """
     _check_values(cfg, processes, dtype)
     check_optimizer(cfg.optimizer, cfg.lr_scheduler)
+    cfg.output_dir = expand_path(cfg.output_dir)  # for loggers, which don't
     model = load_model_config(fetch_side_files(expand_path(cfg.checkpoint)))
-    checkpoints = CheckpointFolder(Path(expand_path(cfg.output_dir)), cfg.keep_last_n_checkpoints)
+    checkpoints = CheckpointFolder(Path(cfg.output_dir), cfg.keep_last_n_checkpoints)
     first_step, resumed = checkpoints.newest() or (0, None)
     if resumed is not None and not cfg.resume:
         raise ValueError(
             f"{resumed} is a checkpoint of an earlier run: continue it by resume=true, or choose "
             "another output_dir"
         )
-    loss = _build("loss", cfg.loss)
+    loss = instantiate("loss", cfg.loss, having=("ignore_index",))
     dataset, pad_id = _read_data(cfg, model)
     schedule = Schedule(
         rows=len(dataset),
@@ -102,6 +104,9 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
     )
     facts = {
         **facts,
+        "model": _identity(model),
+        "optimizer": OmegaConf.to_container(cfg.optimizer, resolve=True),
+        "lr_scheduler": cfg.lr_scheduler and OmegaConf.to_container(cfg.lr_scheduler, resolve=True),
         "dtype": str(dtype),
         "seed": cfg.seed,
         "shuffle": cfg.shuffle,
@@ -110,7 +115,11 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
         "steps_per_epoch": schedule.steps_per_epoch,
     }
     state = None if resumed is None else _read_state(resumed, facts)
-    logger = _build("metric_logger", cfg.metric_logger) if processes.is_first else None
+    checkpoints.check()
+    logger = None
+    if cfg.metric_logger is not None and processes.is_first:
+        methods = ("log_config", "log_dict", "close")
+        logger = instantiate("metric_logger", cfg.metric_logger, having=methods)
     return Plan(
         processes=processes,
         model=model,
@@ -128,6 +137,11 @@ def make_plan(cfg: DictConfig, processes: Processes, dtype: torch.dtype, **facts
 
 
 def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> None:
+    for key in ("checkpoint", "output_dir"):
+        if not (isinstance(cfg[key], str) and cfg[key]):
+            raise ValueError(f"{key} must be a path, got {cfg[key]!r}")
+    flags = ("patch", "compile", "shuffle", "resume", "optimizer_in_bwd")
+    check_flags(cfg, *flags, "enable_activation_checkpointing", "enable_activation_offloading")
     positive = ("batch_size", "gradient_accumulation_steps", "epochs", "keep_last_n_checkpoints")
     optional = ("max_steps_per_epoch", "save_every_n_steps")
     for key in (*positive, *optional, "log_every_n_steps"):
@@ -135,8 +149,7 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
         if not (type(value) is int and value >= 1) and not (value is None and key in optional):
             null = " or null" if key in optional else ""
             raise ValueError(f"{key} must be an integer >= 1{null}, got {value!r}")
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {cfg.seed!r}")
+    check_seed(cfg.seed)
     norm = cfg.clip_grad_norm
     if norm is not None and not (type(norm) in (int, float) and norm > 0):
         raise ValueError(f"clip_grad_norm must be a number above 0 or null, got {norm!r}")
@@ -159,10 +172,18 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
             )
 
 
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    """What tells a model from others, as plain values."""
+    sizes = {field.name: getattr(model, field.name) for field in fields(model) if field.compare}
+    return {"name": model.model_id, **sizes}
+
+
 def _read_data(cfg: DictConfig, model: ModelConfig) -> tuple[Dataset, int]:
     """The dataset, of which the first row has been seen, and the token that fills up rows."""
-    tokenizer = _build("tokenizer", cfg.tokenizer)
+    tokenizer = instantiate("tokenizer", cfg.tokenizer, having=("pad_id",))
     length = getattr(tokenizer, "max_seq_len", None)
+    if length is not None and not (type(length) is int and length >= 1):
+        raise ValueError(f"tokenizer.max_seq_len must be an integer >= 1 or null, got {length!r}")
     if length is not None and length > model.max_seq_len:
         raise ValueError(
             f"tokenizer.max_seq_len is {length}, but the model's is {model.max_seq_len}"
@@ -172,14 +193,20 @@ def _read_data(cfg: DictConfig, model: ModelConfig) -> tuple[Dataset, int]:
         largest = max(dataset[0]["tokens"]) if len(dataset) else 0
     except KeyError as error:
         raise ValueError(f"dataset: its rows have no {error}") from error
+    except StopIteration as error:
+        raise ValueError("dataset: a file of it is empty") from error
     except (TypeError, AttributeError, DatasetsError) as error:
-        raise ValueError(f"dataset: {error}") from error
+        raise ValueError(f"dataset: {error}{_cause(error)}") from error
     if largest >= model.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, but the model knows {model.vocab_size}: they do "
             "not belong together"
         )
     return dataset, tokenizer.pad_id
+
+
+def _cause(error: Exception) -> str:
+    return f": {error.__cause__}" if error.__cause__ is not None else ""
 
 
 def _read_state(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +216,8 @@ def _read_state(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         before = state["facts"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not the state of a run: {error}") from error
-    for key in sorted({*facts, *before}):
+    facts, before = _flat(facts), _flat(before)
+    for key in {**facts, **before}:
         if facts.get(key) != before.get(key):
             raise ValueError(
                 f"{folder} can't be resumed: its {key} was {before.get(key)}, and is "
@@ -198,8 +226,10 @@ def _read_state(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _build(name: str, component: DictConfig) -> Any:
-    try:
-        return components.instantiate(component)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{name}: {error}") from error
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Facts within facts under names with dots, such as ``optimizer.lr``."""
+    flat = {}
+    for key, value in facts.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -47,7 +47,7 @@ class Trainer:
         self._write = write
         self._speed = Speedometer(model, plan.processes)
         if cfg.patch:
-            utils.log_rank_zero(_log, str(patch_model(model)))
+            self._say(str(patch_model(model)))
         if cfg.compile:
             training.compile_model(model, verbose=False)
         if cfg.enable_activation_checkpointing:
@@ -80,6 +80,12 @@ class Trainer:
         if plan.logger is not None:
             plan.logger.log_config(cfg)
         first, last = plan.first_step, plan.schedule.steps
+        if plan.resumed is not None:
+            self._say(f"going on from {plan.resumed}: {max(last - first, 0)} of {last} steps left")
+        elif cfg.resume:
+            self._say(
+                f"no checkpoint to go on from in {cfg.output_dir}: starting at the first step"
+            )
         steps = read_steps(
             plan.dataset,
             plan.schedule,
@@ -118,9 +124,7 @@ class Trainer:
         # Known before the first backward pass, so that no gradient has to be scaled after the last.
         labels = int(processes.sum(torch.tensor(sum(counts))))
         if labels == 0:
-            utils.log_rank_zero(
-                _log, "a step without labels: are prompts longer than tokenizer.max_seq_len?"
-            )
+            self._say("a step without labels: are prompts longer than tokenizer.max_seq_len?")
         share = torch.zeros((), device=processes.device)
         for batch, count in zip(batches, counts, strict=True):
             self._speed.count(batch["tokens"])
@@ -147,6 +151,10 @@ class Trainer:
         if logger is not None:
             logger.log_dict({name: float(value) for name, value in metrics.items()}, step=done)
 
+    def _say(self, message: str) -> None:
+        if self._plan.processes.is_first:
+            _log.info(message)
+
     def _save(self, done: int) -> None:
         """Write a checkpoint; all ranks take part."""
         plan = self._plan
@@ -156,5 +164,6 @@ class Trainer:
             with plan.checkpoints.writing(done) as folder:
                 self._write(weights, folder)
                 torch.save(state, folder / STATE_FILE)
+            self._say(f"checkpoint written to {plan.checkpoints.newest()[1]}")
         plan.processes.wait()
         self._speed.restart()
