@@ -20,7 +20,9 @@ from torch import Tensor
 from torchtune.data import Message
 
 from torchtune_fused import ShardTransformerDecoder
+from torchtune_fused.checkpoint.hub import fetch_side_files
 from torchtune_fused.generation import Sampler, TextStream, stream
+from torchtune_fused.models import load_model_config
 from torchtune_fused.recipe_component import instantiate
 from torchtune_fused.recipe_config import check_flags, expand_path, parse
 from torchtune_fused.recipe_memory import peak_memory
@@ -48,6 +50,7 @@ def main(cfg: DictConfig) -> None:
     check_flags(cfg, "patch", "chat")
     cfg.checkpoint = expand_path(cfg.checkpoint)
     device, dtype = device_and_dtype(cfg)
+    load_model_config(fetch_side_files(cfg.checkpoint))  # a folder of no model is called so
     methods = ("encode", "decode", "tokenize_messages", "stop_tokens", "pad_id")
     tokenizer = instantiate("tokenizer", cfg.tokenizer, having=methods)
     prompts = read_prompts(cfg)

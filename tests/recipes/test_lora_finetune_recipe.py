@@ -84,6 +84,13 @@ def test_adapters_fit_the_base_model_as_peft_applies_them(head, train, tiny_mode
         assert (after - before).abs().max() > 0.1
 
 
+def test_adapters_alone_are_not_for_generate(train, run_recipe, tmp_path):
+    train(max_steps_per_epoch=1, save_adapter_weights_only=True)
+    for folder in (tmp_path / "out/step_1", tmp_path / "out/step_1/adapter"):
+        status, _ = run_recipe("generate", f"checkpoint={folder}")
+        assert status.startswith(f"error: {folder}: the folder holds LoRA adapters without their m")
+
+
 def test_only_adapters_are_trained(train, tiny_models, tmp_path):
     """What LoRA leaves alone is saved as it was."""
     train()

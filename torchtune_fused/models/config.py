@@ -224,6 +224,11 @@ def _find_config(path: Path) -> Path:
     for file in candidates:
         if file.is_file():
             return file
+    if any((path / part / "adapter_config.json").is_file() for part in (".", "adapter")):
+        raise FileNotFoundError(
+            f"{path}: the folder holds LoRA adapters without their model: let peft load them, or "
+            "train with save_adapter_weights_only=false"
+        )
     if path.is_dir():
         raise FileNotFoundError(f"{path}: the folder holds neither config.json nor params.json")
     raise FileNotFoundError(f"{path}: no such file or folder; expected a model's config.json")
