@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torchtune_fused.training.optimizers import Optimizers
 from torchtune_fused.training.plan import STATE_FILE, Plan
 from torchtune_fused.training.speedometer import Speedometer
 
-_log = utils.get_logger("INFO")
+_say = partial(utils.log_rank_zero, utils.get_logger("INFO"))
 
 
 class Trainer:
@@ -47,7 +48,7 @@ class Trainer:
         self._write = write
         self._speed = Speedometer(model, plan.processes)
         if cfg.patch:
-            self._say(str(patch_model(model)))
+            _say(str(patch_model(model)))
         if cfg.compile:
             training.compile_model(model, verbose=False)
         if cfg.enable_activation_checkpointing:
@@ -81,11 +82,9 @@ class Trainer:
             plan.logger.log_config(cfg)
         first, last = plan.first_step, plan.schedule.steps
         if plan.resumed is not None:
-            self._say(f"going on from {plan.resumed}: {max(last - first, 0)} of {last} steps left")
+            _say(f"going on from {plan.resumed}: {max(last - first, 0)} of {last} steps left")
         elif cfg.resume:
-            self._say(
-                f"no checkpoint to go on from in {cfg.output_dir}: starting at the first step"
-            )
+            _say(f"no checkpoint to go on from in {cfg.output_dir}: starting at the first step")
         steps = read_steps(
             plan.dataset,
             plan.schedule,
@@ -124,7 +123,7 @@ class Trainer:
         # Known before the first backward pass, so that no gradient has to be scaled after the last.
         labels = int(processes.sum(torch.tensor(sum(counts))))
         if labels == 0:
-            self._say("a step without labels: are prompts longer than tokenizer.max_seq_len?")
+            _say("a step without labels: are prompts longer than tokenizer.max_seq_len?")
         share = torch.zeros((), device=processes.device)
         for batch, count in zip(batches, counts, strict=True):
             self._speed.count(batch["tokens"])
@@ -151,10 +150,6 @@ class Trainer:
         if logger is not None:
             logger.log_dict({name: float(value) for name, value in metrics.items()}, step=done)
 
-    def _say(self, message: str) -> None:
-        if self._plan.processes.is_first:
-            _log.info(message)
-
     def _save(self, done: int) -> None:
         """Write a checkpoint; all ranks take part."""
         plan = self._plan
@@ -164,6 +159,6 @@ class Trainer:
             with plan.checkpoints.writing(done) as folder:
                 self._write(weights, folder)
                 torch.save(state, folder / STATE_FILE)
-            self._say(f"checkpoint written to {plan.checkpoints.newest()[1]}")
+            _say(f"checkpoint written to {plan.checkpoints.newest()[1]}")
         plan.processes.wait()
         self._speed.restart()
