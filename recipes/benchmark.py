@@ -21,11 +21,11 @@ from torchtune_fused.benchmarks.plot import plot
 from torchtune_fused.benchmarks.prefill import prefill
 from torchtune_fused.benchmarks.roof import Roofline
 from torchtune_fused.benchmarks.runner import hold
-from torchtune_fused.benchmarks.setting import Setting, count
+from torchtune_fused.benchmarks.setting import Setting
 from torchtune_fused.benchmarks.table import table
 from torchtune_fused.benchmarks.train import train
 from torchtune_fused.generation import Sampler
-from torchtune_fused.recipe_config import check_seed, expand_path, parse
+from torchtune_fused.recipe_config import check_count, check_seed, expand_path, parse
 
 SECTIONS = {
     "decode": decode,
@@ -98,8 +98,8 @@ def main(cfg: DictConfig) -> str | None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise a ValueError if the config asks for what there is not."""
-    count("rounds", cfg.rounds)
+    """Raise a ValueError if the config asks for what there is not; make the output's folder."""
+    check_count("rounds", cfg.rounds)
     check_seed(cfg.seed)
     Sampler(temperature=cfg.temperature, top_k=cfg.top_k)
     for key, known in (("sections", SECTIONS), ("peers", PEERS)):

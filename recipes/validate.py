@@ -20,7 +20,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune_fused.build import kernel_status, load_kernels
 from torchtune_fused.generation.decoding import CachedDecoder, empty_caches
 from torchtune_fused.modules import FusedAttention
-from torchtune_fused.recipe_config import check_flags, check_seed, expand_path, parse
+from torchtune_fused.recipe_config import check_count, check_flags, check_seed, expand_path, parse
 from torchtune_fused.recipe_model import device_and_dtype, load_model
 from torchtune_fused.recipe_timing import race
 from torchtune_fused.validation import Comparison, compare, compare_modules, true_logits, twins
@@ -55,8 +55,7 @@ def main(cfg: DictConfig) -> str | None:
     """
     device, dtype = device_and_dtype(cfg)
     for key in ("batch_size", "seq_len", "new_tokens", "rounds"):
-        if type(cfg[key]) is not int or cfg[key] < 1:
-            raise ValueError(f"{key} must be an integer >= 1, got {cfg[key]!r}")
+        check_count(key, cfg[key])
     check_flags(cfg, "every_layer", "profile")
     check_seed(cfg.seed)
     folder = Path(expand_path(cfg.output_dir))

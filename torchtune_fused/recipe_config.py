@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,15 @@ def expand_path(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
-def check_flags(section: DictConfig, *keys: str) -> None:
+def check_count(key: str, value: Any, *, optional: bool = False) -> Any:
+    """The value of a key that counts something, or is null if ``optional``; else a ValueError."""
+    if not (type(value) is int and value >= 1) and not (optional and value is None):
+        null = " or null" if optional else ""
+        raise ValueError(f"{key} must be an integer >= 1{null}, got {value!r}")
+    return value
+
+
+def check_flags(section: Mapping[str, Any], *keys: str) -> None:
     """Raise a ValueError if one of these keys is neither true nor false."""
     for key in keys:
         if type(section[key]) is not bool:

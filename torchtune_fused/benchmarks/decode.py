@@ -9,7 +9,8 @@ from torchtune.modules import TransformerDecoder
 
 from torchtune_fused.benchmarks.contest import Contest
 from torchtune_fused.benchmarks.generators import generators
-from torchtune_fused.benchmarks.setting import Setting, count
+from torchtune_fused.benchmarks.setting import Setting
+from torchtune_fused.recipe_config import check_count
 from torchtune_fused.recipe_timing import seconds_of
 
 _ROUND_SECONDS = 0.5  # at least, of each system
@@ -18,7 +19,7 @@ _ROUND_SECONDS = 0.5  # at least, of each system
 def decode(setting: Setting) -> Iterator[Contest]:
     """One step of decoding; the prefill of the prompt is not counted."""
     options = setting.section("decode")
-    new = count("decode.new_tokens", options.new_tokens)
+    new = check_count("decode.new_tokens", options.new_tokens)
     if new < 2:
         raise ValueError("decode.new_tokens must be at least 2: the first one is the prefill's")
 

@@ -39,7 +39,7 @@ class Roofline:
         if moved_bytes is not None:
             rates = self.bandwidths
             rate = max(rates.values())
-            each = ", ".join(f"{what} {rate / 1e9:.4g}" for what, rate in rates.items())
+            each = ", ".join(f"{what} {speed / 1e9:.4g}" for what, speed in rates.items())
             why = f"{moved_bytes / 1e9:.3g} GB at the better of {each} GB/s"
             return Roof(moved_bytes / rate, why)
         if flops is not None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +11,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune_fused.models.builder import build_decoder
 from torchtune_fused.models.config import load_model_config
 from torchtune_fused.recipe_component import instantiate
-from torchtune_fused.recipe_config import expand_path
+from torchtune_fused.recipe_config import check_count, expand_path
 from torchtune_fused.recipe_model import device_and_dtype, load_model
 
 
@@ -97,11 +96,4 @@ class Setting:
         plain = OmegaConf.to_container(shapes) if OmegaConf.is_list(shapes) else None
         if not plain or not all(isinstance(s, list) and len(s) == 2 for s in plain):
             raise ValueError(f"{name}.shapes must list [batch size, tokens] pairs, got {shapes}")
-        return [(count(f"{name}.shapes", b), count(f"{name}.shapes", t)) for b, t in plain]
-
-
-def count(key: str, value: Any) -> int:
-    """The value of a key that counts something; ValueError if it doesn't."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
-    return value
+        return [tuple(check_count(f"{name}.shapes", size) for size in pair) for pair in plain]

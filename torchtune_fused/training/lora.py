@@ -13,6 +13,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 
 from torchtune_fused.models import ModelConfig
+from torchtune_fused.recipe_config import check_count, check_flags
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 _MLP = ("w1", "w2", "w3")
@@ -46,9 +47,7 @@ class LoRA:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("apply_lora_to_mlp", "apply_lora_to_output", "use_dora"):
-            if type(getattr(self, key)) is not bool:
-                raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
+        check_flags(vars(self), "apply_lora_to_mlp", "apply_lora_to_output", "use_dora")
         if not isinstance(self.lora_attn_modules, list | tuple):
             raise ValueError(f"lora_attn_modules must be a list, got {self.lora_attn_modules!r}")
         for name in self.lora_attn_modules:
@@ -58,8 +57,7 @@ class LoRA:
                 )
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
             raise ValueError("LoRA is applied to no module: name some in lora_attn_modules")
-        if type(self.lora_rank) is not int or self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be an integer >= 1, got {self.lora_rank!r}")
+        check_count("lora_rank", self.lora_rank)
         if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:

@@ -18,7 +18,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 from torchtune_fused.checkpoint.hub import fetch_side_files
 from torchtune_fused.models import ModelConfig, load_model_config
 from torchtune_fused.recipe_component import instantiate
-from torchtune_fused.recipe_config import check_flags, check_seed, expand_path
+from torchtune_fused.recipe_config import check_count, check_flags, check_seed, expand_path
 from torchtune_fused.training.checkpoints import CheckpointFolder
 from torchtune_fused.training.data import Schedule, build_dataset
 from torchtune_fused.training.optimizers import check_optimizer
@@ -145,10 +145,7 @@ def _check_values(cfg: DictConfig, processes: Processes, dtype: torch.dtype) -> 
     positive = ("batch_size", "gradient_accumulation_steps", "epochs", "keep_last_n_checkpoints")
     optional = ("max_steps_per_epoch", "save_every_n_steps")
     for key in (*positive, *optional, "log_every_n_steps"):
-        value = cfg[key]
-        if not (type(value) is int and value >= 1) and not (value is None and key in optional):
-            null = " or null" if key in optional else ""
-            raise ValueError(f"{key} must be an integer >= 1{null}, got {value!r}")
+        check_count(key, cfg[key], optional=key in optional)
     check_seed(cfg.seed)
     norm = cfg.clip_grad_norm
     if norm is not None and not (type(norm) in (int, float) and norm > 0):
@@ -182,8 +179,7 @@ def _read_data(cfg: DictConfig, model: ModelConfig) -> tuple[Dataset, int]:
     """The dataset, of which the first row has been seen, and the token that fills up rows."""
     tokenizer = instantiate("tokenizer", cfg.tokenizer, having=("pad_id",))
     length = getattr(tokenizer, "max_seq_len", None)
-    if length is not None and not (type(length) is int and length >= 1):
-        raise ValueError(f"tokenizer.max_seq_len must be an integer >= 1 or null, got {length!r}")
+    check_count("tokenizer.max_seq_len", length, optional=True)
     if length is not None and length > model.max_seq_len:
         raise ValueError(
             f"tokenizer.max_seq_len is {length}, but the model's is {model.max_seq_len}"
